@@ -11,11 +11,13 @@ This is the only file of the project that reads training images; nayer.py never 
 """
 
 import argparse
+import json
 import math
 import sys
 import time
 from pathlib import Path
 
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 
@@ -26,7 +28,7 @@ import nayer  # noqa: E402  the networks, the augmentation, the model files
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="Train a teacher on real images.")
     add = parser.add_argument
-    add("--dataset", choices=list(nayer.DATASETS), default="digits")
+    add("--dataset", choices=list(nayer.IMAGES), default="digits")
     add("--data-root", type=Path, default=Path("data"), help="where the data set is (folder: DIR/train, DIR/test)")
     add("--model", default="wrn16_2", help="a name that nayer.build_model knows")
     add("--out", type=Path, help="default: teachers/<dataset>_<model>.safetensors")
@@ -39,6 +41,7 @@ def parse_args(argv=None):
     add("--seed", type=int, default=0)
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
     add("--resume", action="store_true", help="continue an interrupted training")
+    add("--embed-labels", metavar="ENCODER", help="train nothing: write teachers/label_embeddings.safetensors")
     args = parser.parse_args(argv)
     args.out = args.out or Path(__file__).parent / f"{args.dataset}_{args.model}.safetensors"
     return args
@@ -51,6 +54,18 @@ def load_images(args, preset):
         return nayer.digits(0), nayer.digits(1), names
     parts = [nayer.image_folder(args.data_root / p, preset["channels"], preset["image_size"]) for p in ("train", "test")]
     return *map(nayer.decode, parts), parts[0].classes
+
+
+def embed_labels(encoder):
+    """Embed the class names of the known data sets (class_names.json), each with its preset's prompt."""
+    tensors, metadata, here = {}, {}, Path(__file__).parent
+    for dataset, names in json.loads((here / "class_names.json").read_text()).items():
+        prompt = nayer.PRESETS[dataset]["prompt"]
+        tensors[dataset] = nayer.label_text_embeddings(names, encoder, prompt).half()
+        wanted = dict(encoder=nayer.TEXT_ENCODER, prompt=prompt, class_names=names)
+        metadata[dataset] = json.dumps(wanted)
+        print(f"{dataset}: {tuple(tensors[dataset].shape)}")
+    safetensors.torch.save_file(tensors, here / "label_embeddings.safetensors", metadata)
 
 
 def schedule(progress, short):
@@ -70,18 +85,21 @@ def resolution(progress, full, short):
 
 def main(argv=None):
     args = parse_args(argv)
+    if args.embed_labels:
+        return embed_labels(args.embed_labels)
     torch.manual_seed(args.seed)
     device = nayer.pick_device(args.device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=nayer.has_bf16(device))
-    preset = dict(nayer.DATASETS[args.dataset])
+    preset = dict(nayer.IMAGES[args.dataset] | {k: nayer.PRESETS[args.dataset][k] for k in ("crop_padding", "flip")})
     preset["image_size"] = args.image_size or preset["image_size"]
     (images, labels), (test_images, test_labels), class_names = load_images(args, preset)
     scaled = images.float() / 255
     mean = args.mean or preset["mean"] or scaled.mean((0, 2, 3)).tolist()
     std = args.std or preset["std"] or scaled.std((0, 2, 3)).tolist()
     del scaled
-    augment = nayer.Augment(mean, std, preset["padding"], preset["flip"], device)
-    images, labels, test_images, test_labels = (v.to(device) for v in (images, labels, test_images, test_labels))
+    augment = nayer.Augment(mean, std, preset["crop_padding"], preset["flip"], device)
+    images, labels = images.to(device), labels.to(device)
+    test = list(zip(test_images.to(device).split(500), test_labels.to(device).split(500)))
 
     model = nayer.build_model(args.model, len(class_names), preset["channels"], preset["image_size"])
     model = model.to(device, memory_format=torch.channels_last)
@@ -116,14 +134,14 @@ def main(argv=None):
             loss.backward()
             optimizer.step()
             total += loss.detach()
-        score = nayer.accuracy(model, test_images, test_labels, augment, autocast)
+        score = nayer.accuracy(model, test, augment, autocast)
         seconds = time.perf_counter() - clock
         print(f"epoch {epoch + 1:3d}/{epochs}  {size:3d} px  loss {total / steps:.4f}  test {100 * score:6.2f} %  {seconds:6.1f} s", flush=True)
         state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), rng=torch.get_rng_state(), epoch=epoch + 1)
         nayer.write_atomically(checkpoint, lambda path, state=state: torch.save(state, path))
 
     model = model.cpu().half().float()  # what is scored is what is stored
-    score = nayer.accuracy(model.to(device), test_images, test_labels, augment, autocast)
+    score = nayer.accuracy(model.to(device), test, augment, autocast)
     info = dict(
         architecture=args.model,
         class_names=class_names,
