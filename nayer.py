@@ -13,9 +13,13 @@ layers; a student S learns from T on those images. Earlier methods feed G random
 it the label-text embedding (LTE) of the class name, which is constant, and puts the randomness into
 a noisy layer Z between the two, drawn anew for every batch:  x = G(Z(e_y)).
 
-    python nayer.py                          handwritten digits on a laptop's CPU, no download
-    python nayer.py --dataset cifar10        the published job, for a GPU
-    python nayer.py --help                   every flag and its default
+    python nayer.py                        digits on a laptop's CPU, nothing to download, 31 s
+    python nayer.py --dataset cifar10      the published job, for a GPU
+    python nayer.py --help                 every flag and its default
+
+Read on in this order: the label-text embeddings, Z and G, the losses, the memory bank, then the two
+half-steps `synthesize` and `distill`, and `main`, which is the algorithm on one screen. What else a
+program needs (clear errors, images to score on, pictures, the log) is in extras.py.
 
     paper   meaning                                  in this file
     T, S    teacher (frozen), student                teacher, student
@@ -80,6 +84,10 @@ def parse_args(argv=None):
     images legible], cifar10, cifar100, tiny_imagenet [code: the authors' scripts; the defaults of
     their parser differ and belong to no published result]. A folder is treated as cifar10.
     """
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # which preset?
+    early.add_argument("--dataset", nargs="?", default="digits")
+    dataset = early.parse_known_args(argv)[0].dataset
+    column = dict(digits=0, cifar100=2, tiny_imagenet=3).get(dataset, 1)
     parser = argparse.ArgumentParser(
         prog="nayer.py",
         description="Data-free knowledge distillation by noisy-layer generation (NAYER).",
@@ -89,11 +97,10 @@ def parse_args(argv=None):
     )
     parser.error = lambda message: parser.exit(2, f"nayer.py: error: {message}\n")
     count, positive, weight = number(int, 1), number(float, 1e-9), number(float, 0)
-    presets, switch = {}, argparse.BooleanOptionalAction
+    switch = argparse.BooleanOptionalAction
 
     def add(flag, kind, default, text, **more):
-        if isinstance(default, tuple):
-            presets[flag[2:].replace("-", "_")] = default
+        default = default[column] if isinstance(default, tuple) else default
         how = dict(action=kind) if kind in (switch, "store_true") else dict(type=kind)
         group.add_argument(flag, default=default, help=text, **how, **more)
 
@@ -142,9 +149,6 @@ def parse_args(argv=None):
     add("--amp", switch, None, "bf16 autocast (None: where the device is fast with it)")
     add("--compile", switch, False, "torch.compile for T, S and G")
     # fmt: on
-    dataset = parser.parse_known_args(argv)[0].dataset
-    column = 1 if dataset == "folder" else list(extras.IMAGES).index(dataset)
-    parser.set_defaults(**{flag: values[column] for flag, values in presets.items()})
     args = parser.parse_args(argv)
     if "{class}" not in args.prompt:
         parser.error(f"--prompt {args.prompt!r}: write {{class}} where the class name belongs")
@@ -197,6 +201,7 @@ def embedding_key(class_names, encoder, prompt):
 
 def cached_embeddings(class_names, encoder, prompt, folder):
     """label_text_embeddings, computed once: shipped, or kept in `folder` by an earlier run."""
+    # A file per key, so that runs side by side cannot spoil each other's entries.
     key = embedding_key(class_names, encoder, prompt)
     cache = folder / f"label_embeddings_{key}.safetensors"
     for path in (SHIPPED / "label_embeddings.safetensors", cache):
@@ -222,8 +227,9 @@ class NoisyLayer(nn.Module):
         super().__init__()
         self.images_per_matrix = images_per_matrix
         self.norm = nn.BatchNorm1d(embedding_size)  # tells apart LTEs that lie close [paper]
+        # Not a list of nn.Linear: N matrices in one tensor are one product and one Adam update.
         self.weight = nn.Parameter(torch.empty(num_matrices, embedding_size, hidden_size))
-        self.bias = nn.Parameter(torch.empty(num_matrices, 1, hidden_size))
+        self.bias = nn.Parameter(torch.empty(num_matrices, 1, hidden_size))  # (N, 1, H)
         self.reinitialize()
 
     def reinitialize(self):
@@ -235,8 +241,8 @@ class NoisyLayer(nn.Module):
         B, D = inputs.shape
         gap = len(self.weight) * self.images_per_matrix - B  # the last set may be incomplete
         sets = F.pad(self.norm(inputs), (0, 0, 0, gap)).view(-1, self.images_per_matrix, D)
-        hidden = torch.baddbmm(self.bias, sets, self.weight)  # (N, K, D) @ (N, D, H)
-        return hidden.flatten(0, 1)[:B]
+        hidden = torch.baddbmm(self.bias, sets, self.weight)  # (N, K, D) @ (N, D, H) -> (N, K, H)
+        return hidden.flatten(0, 1)[:B]  # (B, H)
 
 
 class Generator(nn.Module):
@@ -264,12 +270,16 @@ class Generator(nn.Module):
         self.layers = nn.Sequential(*layers, nn.Conv2d(f, channels, 3, padding=1))
 
     def forward(self, hidden):
-        maps = self.start(hidden).view(-1, *self.shape)
+        maps = self.start(hidden).view(-1, *self.shape)  # (B, H) -> (B, 2f, s/4, s/4)
         return self.layers(maps.contiguous(memory_format=torch.channels_last)).float().sigmoid()
 
 
 def class_sets(num_classes, batch, device="cpu"):
-    """Labels (B,): sets of all C classes in order; a random subset, without repeats, at the end."""
+    """Labels (B,): sets of all C classes in order; a random subset, without repeats, at the end.
+
+    [ours] The authors' B is a multiple of C. With the subset any B and C will do, and no matrix
+    of Z ever serves two images of one class.
+    """
     sets, rest = divmod(batch, num_classes)
     in_order = torch.arange(num_classes, device=device).repeat(sets)
     return torch.cat([in_order, torch.randperm(num_classes, device=device)[:rest]])
@@ -373,7 +383,9 @@ class BatchNormLoss:
 def adversarial_loss(student_logits, teacher_logits):
     """L_adv = -mean over the batch of 1[argmax S = argmax T] * KL(T || S): (B, C) twice -> scalar.
 
-    G lowers it with images on which S names T's class but is far from T's probabilities.
+    G lowers it with images on which S names T's class but is far from T's probabilities: those that
+    S can still learn from. Where S names another class there is enough to learn already, so the
+    term is 0, and cannot push the image away from its class altogether.
     """
     s, t = student_logits.float(), teacher_logits.float()
     divergence = F.kl_div(s.log_softmax(1), t.log_softmax(1), reduction="none", log_target=True)
@@ -381,7 +393,10 @@ def adversarial_loss(student_logits, teacher_logits):
 
 
 def distillation_loss(student_logits, teacher_logits, temperature):
-    """L_KD = tau^2 * KL(softmax(T / tau) || softmax(S / tau)), mean over the batch -> scalar."""
+    """L_KD = tau^2 * KL(softmax(T / tau) || softmax(S / tau)), mean over the batch -> scalar.
+
+    A large tau shows S which wrong classes T finds less wrong; tau^2 keeps the gradient's size.
+    """
     s = (student_logits.float() / temperature).log_softmax(1)
     t = (teacher_logits.float() / temperature).log_softmax(1)
     return temperature**2 * F.kl_div(s, t, reduction="batchmean", log_target=True)
@@ -393,8 +408,9 @@ def distillation_loss(student_logits, teacher_logits, temperature):
 class MemoryBank:
     """M: the synthetic images as one uint8 tensor (capacity, ch, H, W) on the device.
 
-    A ring: once it is full, new images replace the oldest. (The authors keep PNG files and start a
-    new DataLoader after every batch [code].)
+    S learns from all images made so far, not only from the latest batch, or it would forget. A
+    ring: once it is full, new images replace the oldest. (The authors keep PNG files, read anew by
+    a DataLoader after every batch, and cut values to bytes where we round [code].)
     """
 
     def __init__(self, capacity, channels, image_size, device="cpu"):
@@ -427,7 +443,8 @@ class MemoryBank:
 class Augment:
     """Random crop after zero padding (of the pixels), random mirroring, normalisation; per image.
 
-    images (B, ch, H, W), float in [0, 1] -> the same shape, normalised. Gradients pass through.
+    images (B, ch, H, W), float in [0, 1] -> the same shape, normalised. Gradients pass through, so
+    that G learns images that T knows wherever they are cropped. `normalize` alone is for scoring.
     """
 
     def __init__(self, mean, std, padding, flip, device="cpu"):
@@ -464,7 +481,9 @@ def synthesize(
     (B, ch, H, W), and the losses of every step (steps, 4): L_CE, L_BN, L_adv, their weighted sum.
     A term of weight 0 is not computed and counts as 0. Nothing leaves the device inside the loop.
     """
-    student.eval().requires_grad_(False)  # in train mode, its BatchNorm would learn these images
+    # S stays in eval mode: the authors' is in train mode from the second batch of an epoch on, so
+    # that the statistics of its BatchNorm are overwritten by half-made images [code].
+    student.eval().requires_grad_(False)
     parameters = [*generator.parameters(), *noisy_layer.parameters()]
     optimizer = torch.optim.Adam(parameters, lr, betas=(0.5, 0.999), fused=True)
     zero = torch.zeros((), device=labels.device)
@@ -476,11 +495,13 @@ def synthesize(
             views = augment(images)  # afresh at each step; T and S see the same
             teacher_logits = teacher(views).float()
             student_logits = student(views) if alpha_adv else None
-        loss_ce = F.cross_entropy(teacher_logits, labels)
-        loss_bn = bn_loss.value if alpha_bn else zero
-        loss_adv = adversarial_loss(student_logits, teacher_logits) if alpha_adv else zero
+
+        loss_ce = F.cross_entropy(teacher_logits, labels)  # be what y says
+        loss_bn = bn_loss.value if alpha_bn else zero  # look like what T has seen
+        loss_adv = adversarial_loss(student_logits, teacher_logits) if alpha_adv else zero  # be new
         loss = alpha_ce * loss_ce + alpha_bn * loss_bn + alpha_adv * loss_adv
 
+        # Keep the best step's images without asking the device which step that is.
         shown, better = images.detach(), loss.detach() < best_loss
         best_images = shown if best_images is None else torch.where(better, shown, best_images)
         best_loss = torch.where(better, loss.detach(), best_loss)
@@ -499,13 +520,16 @@ def distill(
     teacher, student, memory, optimizer, augment, autocast,
     *, steps, batch, temperature, tick=lambda: None,
 ):  # fmt: skip
-    """One epoch of `steps` student steps. Returns the mean of L_KD, a scalar on the device."""
+    """One epoch: `steps` student steps on batches from M. Returns the mean of L_KD, a scalar.
+
+    Nothing but T's softened answers is learnt from; the labels that G was asked for play no part.
+    """
     student.train().requires_grad_(True)
     total = torch.zeros((), device=memory.images.device)
     for _ in range(steps):
         views = augment(memory.sample(batch).float() / 255)
         with autocast:
-            with torch.no_grad():
+            with torch.no_grad():  # which puts the hooks of L_BN to sleep, too
                 teacher_logits = teacher(views)
             student_logits = student(views)
         loss = distillation_loss(student_logits, teacher_logits, temperature)
@@ -521,7 +545,7 @@ def distill(
 
 
 class WideBlock(nn.Module):
-    """Twice BatchNorm, ReLU, 3x3 convolution; and a shortcut."""
+    """Twice BatchNorm, ReLU, 3x3 convolution; and a shortcut, a 1x1 convolution between widths."""
 
     def __init__(self, inputs, outputs, stride):
         super().__init__()
@@ -609,7 +633,7 @@ def read_safetensors(path):
 
 
 def fingerprint(info, state):
-    """sha256 of a description and of tensors by name."""
+    """sha256 of a description and of tensors by name: to notice damage, and changes on --resume."""
     digest = hashlib.sha256(json.dumps(info, sort_keys=True).encode())
     for name in sorted(state):
         data = state[name].detach().cpu().contiguous().view(-1).view(torch.uint8)
@@ -694,6 +718,9 @@ class Run:
         self.journal = Journal(args.out, epochs, self.device)
 
         self.teacher = load_teacher(args.teacher, args.dataset).requires_grad_(False)  # frozen
+        self.bn_loss = BatchNormLoss(self.teacher, args.bn_momentum)
+        if args.alpha_bn and not self.bn_loss.layers:
+            raise UserError(f"{args.teacher} has no BatchNorm2d for L_BN: add --alpha-bn 0")
         self.info = info = dict(self.teacher.info)  # what it was trained on
         if args.class_names:
             info["class_names"] = read_class_names(args.class_names, len(info["class_names"]))
@@ -708,13 +735,9 @@ class Run:
             model.to(self.device, memory_format=torch.channels_last)
             if args.compile:
                 model.compile()
+        # SGD without Nesterov; main() moves its learning rate, so there is no scheduler to save.
         weights = self.student.parameters()
         self.optimizer = torch.optim.SGD(weights, args.lr, 0.9, weight_decay=1e-4, fused=True)
-        self.bn_loss = BatchNormLoss(self.teacher, args.bn_momentum)
-        if args.alpha_bn and not self.bn_loss.layers:
-            raise UserError(
-                f"{args.teacher} has no BatchNorm2d, which L_BN needs: use --alpha-bn 0"
-            )
         batches = args.warmup_epochs * args.warmup_batches + args.epochs * args.batches
         capacity = min(args.bank_size or math.inf, batches * args.synthesis_batch)
         self.memory = MemoryBank(capacity, *self.shape, self.device)
@@ -730,7 +753,8 @@ class Run:
     def new_generator(self):
         """A brand-new pair Z, G."""
         D, B, hidden_size = self.embeddings.shape[1] or NOISE_SIZE, self.args.synthesis_batch, 1000
-        if self.args.noisy_layer == "off":
+        # H = 1000 with Z [code]; without it, what G reads has the size of the input itself.
+        if self.args.noisy_layer == "off":  # G reads e_y itself: one image per class and step
             self.noisy_layer, hidden_size = nn.BatchNorm1d(D), D
         else:
             K = min(len(self.embeddings), B)  # images per matrix
@@ -742,8 +766,8 @@ class Run:
             self.generator.compile()
 
     def settings(self):
-        """What must be the same when a run is resumed."""
-        free = ("out", "data_root", "device", "resume", "eval", "compile")
+        """What must be the same when a run is resumed: all that a number in its log depends on."""
+        free = ("out", "data_root", "device", "resume", "eval", "compile")  # change nothing
         settings = {key: str(value) for key, value in vars(self.args).items() if key not in free}
         settings["teacher's weights"] = fingerprint(self.info, self.teacher.state_dict())
         return settings | {"label embeddings": fingerprint({}, {"": self.embeddings})}
@@ -757,6 +781,7 @@ class Run:
         )  # fmt: skip
         save_model(self.args.out / "student.safetensors", self.student, self.info | about)
         state = {name: getattr(self, name).state_dict() for name in self.STATEFUL}
+        # The file moves into place whole: a kill at any moment leaves this checkpoint or the last.
         state |= dict(format=1, settings=self.settings(), epoch=epoch, rng=torch.get_rng_state())
         if self.device.type == "cuda":
             state["cuda_rng"] = torch.cuda.get_rng_state()
@@ -806,7 +831,11 @@ class Run:
 
 
 def main(argv=None):
-    """Distil a teacher into a student. Returns the summary, a dict, as in summary.json."""
+    """Distil a teacher into a student. Returns the summary, a dict, as in summary.json.
+
+    argv: a list of flags; None: those of the command line. Raises UserError for what the user can
+    put right. Everything is written to --out after every epoch, so nothing finished is ever lost.
+    """
     args = parse_args(argv)
     run = Run(args)
     first_epoch = run.resume()
@@ -814,7 +843,7 @@ def main(argv=None):
     teacher, student, memory, bn_loss = run.teacher, run.student, run.memory, run.bn_loss
 
     for epoch in range(first_epoch, args.warmup_epochs + args.epochs):
-        warm_up = epoch < args.warmup_epochs
+        warm_up = epoch < args.warmup_epochs  # fills M; no L_adv, since S knows nothing yet
         num_batches = args.warmup_batches if warm_up else args.batches
         student_steps = 0 if warm_up else args.student_steps
         steps = num_batches * args.generator_steps + student_steps
@@ -834,11 +863,12 @@ def main(argv=None):
                 steps=args.generator_steps, lr=args.generator_lr, alpha_ce=args.alpha_ce,
                 alpha_bn=args.alpha_bn, alpha_adv=0.0 if warm_up else args.alpha_adv,
             )  # fmt: skip
-            bn_loss.update()
+            bn_loss.update()  # the average moves once per batch, from the last step
             memory.add(images)
             run.journal.add_batch(epoch, batch, losses)
         synthesized = time.perf_counter()
 
+        # S learns only after the warm-up, when M holds enough images to be worth it.
         if not warm_up:
             progress = (epoch - args.warmup_epochs) / args.epochs  # cosine from --lr to 2e-4
             rate = 2e-4 + (args.lr - 2e-4) * (1 + math.cos(math.pi * progress)) / 2
