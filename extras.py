@@ -309,8 +309,15 @@ class Journal:
         self.out, self.epochs, self.device = out, epochs, device
         self.rows, self.steps, self.clock = [], [], time.perf_counter()
 
-    def header(self, *lines):
-        print(*lines, "", self.LINE.format(*self.COLUMNS), sep="\n", flush=True)
+    def header(self, args, classes, image_size, teacher_accuracy):
+        """What is distilled into what, where, with which versions; the heads of the columns."""
+        score = percent(teacher_accuracy) + ("" if args.eval else ", by its file")
+        precision = "bf16" if args.amp else "fp32"
+        versions = f"python {platform.python_version()}, torch {torch.__version__}"
+        print(f"data set  {args.dataset}: {classes} classes, {image_size} pixels")
+        print(f"networks  {args.teacher} (accuracy {score}) -> {args.student}")
+        print(f"machine   {self.device}, {precision}, {versions}, seed {args.seed}\n")
+        print(self.LINE.format(*self.COLUMNS), flush=True)
 
     def add_batch(self, epoch, batch, losses):
         """losses (steps, 4): L_CE, L_BN, L_adv, weighted sum. UserError if not finite."""

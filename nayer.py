@@ -56,13 +56,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import extras
-from extras import (
+from extras import (  # what is not the method
+    IMAGES,
     Journal,
     UserError,
     explained,
     number,
-    percent,
     pick_device,
     read_class_names,
     run_script,
@@ -106,7 +105,7 @@ def parse_args(argv=None):
 
     # fmt: off
     group = parser.add_argument_group("run")
-    add("--dataset", str, "digits", "preset, and the images to score on", choices=extras.IMAGES)
+    add("--dataset", str, "digits", "preset, and the images to score on", choices=IMAGES)
     add("--data-root", Path, Path("data"), "folder of the data sets and of computed embeddings")
     add("--out", Path, None, "folder to write to (None: runs/<dataset>-<teacher>-<student>)")
     add("--seed", number(int, 0, 2**63 - 1), 0, "of all random numbers")
@@ -118,6 +117,9 @@ def parse_args(argv=None):
     add("--student", str, ("wrn16_1", *["wrn16_2"] * 3), "S: wrn{depth}_{width}, resnet18, ...")
     add("--class-names", Path, None, "file with a name per line (None: those of the teacher)")
     add("--text-encoder", str, TEXT_ENCODER, "Hugging Face name, or local folder")
+    add("--image-size", number(int, 8, 224), None, "pixels, a multiple of 4 (None: the teacher's)")
+    add("--mean", float, None, "per channel, as T was trained (None: its file says)", nargs="+")
+    add("--std", number(float, 1e-6), None, "likewise", nargs="+")
     add("--prompt", str, ("a photo of the digit {class}", *["a photo of {class}"] * 3), "to embed")
     group = parser.add_argument_group("loop")
     add("--warmup-epochs", number(int, 0), (2, 20, 20, 20), "epochs that only fill the memory bank")
@@ -152,6 +154,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if "{class}" not in args.prompt:
         parser.error(f"--prompt {args.prompt!r}: write {{class}} where the class name belongs")
+    if args.image_size and args.image_size % 4:
+        parser.error(f"--image-size {args.image_size} is not a multiple of 4")
     name = f"{dataset}-{Path(args.teacher).stem}-{args.student}"
     args.out = args.out or Path("runs") / name
     return args
@@ -714,6 +718,7 @@ class Run:
         torch.set_float32_matmul_precision("high")  # TF32, where bf16 is not used
         self.device, fast_bf16 = pick_device(args.device)
         args.amp = fast_bf16 if args.amp is None else args.amp
+        # One context for T, S and G; losses, statistics and optimizers stay in float32.
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=args.amp)
         self.journal = Journal(args.out, epochs, self.device)
 
@@ -722,6 +727,11 @@ class Run:
         if args.alpha_bn and not self.bn_loss.layers:
             raise UserError(f"{args.teacher} has no BatchNorm2d for L_BN: add --alpha-bn 0")
         self.info = info = dict(self.teacher.info)  # what it was trained on
+        if args.image_size not in (None, size := info["image_size"]):
+            raise UserError(f"--image-size {args.image_size}, but the teacher reads {size} pixels")
+        info["mean"], info["std"] = args.mean or info["mean"], args.std or info["std"]
+        if not len(info["mean"]) == len(info["std"]) == info["channels"]:
+            raise UserError(f"--mean and --std take one number per channel: {info['channels']}")
         if args.class_names:
             info["class_names"] = read_class_names(args.class_names, len(info["class_names"]))
         names, self.shape = info["class_names"], (info["channels"], info["image_size"])
@@ -751,7 +761,7 @@ class Run:
             self.teacher_accuracy = accuracy(self.teacher, self.test, self.augment, self.autocast)
 
     def new_generator(self):
-        """A brand-new pair Z, G."""
+        """A brand-new pair Z, G: the images of an old one come to resemble each other."""
         D, B, hidden_size = self.embeddings.shape[1] or NOISE_SIZE, self.args.synthesis_batch, 1000
         # H = 1000 with Z [code]; without it, what G reads has the size of the input itself.
         if self.args.noisy_layer == "off":  # G reads e_y itself: one image per class and step
@@ -790,18 +800,19 @@ class Run:
     def resume(self):
         """Go back to the checkpoint in --out, if there is one. Returns the epoch to begin with."""
         out, path = self.args.out, self.args.out / "checkpoint.pt"
+        if path.exists() and not self.args.resume:
+            raise UserError(f"{out} holds a run: go on with --resume, or choose another --out")
+        with explained(f"cannot write to --out {out}"):
+            out.mkdir(parents=True, exist_ok=True)
+            (out / "writable.tmp").touch()
+            for leftover in out.glob("**/*.tmp"):  # also of a run that was killed while writing
+                leftover.unlink()
         if not path.exists():
             return 0
-        if not self.args.resume:
-            raise UserError(f"{out} holds a run: go on with --resume, or choose another --out")
-        for leftover in out.glob("**/*.tmp"):  # of a run that was killed while writing
-            leftover.unlink()
         with explained(f"{path} is not an intact checkpoint of nayer.py"):
             state = torch.load(path, map_location=self.device, weights_only=True)
             if state["format"] != 1:
-                raise UserError(
-                    f"{path} has format {state['format']}, this nayer.py reads format 1"
-                )
+                raise UserError(f"{path} has format {state['format']}; nayer.py reads format 1")
             old, new = state["settings"], self.settings()
             changes = [f"{k} {old.get(k)} -> {new[k]}" for k in new if old.get(k) != new[k]]
             if changes:
@@ -812,19 +823,6 @@ class Run:
             if self.device.type == "cuda" and "cuda_rng" in state:
                 torch.cuda.set_rng_state(state["cuda_rng"].cpu())
         return state["epoch"] + 1
-
-    def header(self):
-        """Lines that say what is distilled into what, where, and with which versions."""
-        args, score = (
-            self.args,
-            percent(self.teacher_accuracy) + ("" if self.test else ", by its file"),
-        )
-        yield f"data set  {args.dataset}: {len(self.embeddings)} classes, {self.shape[1]} pixels"
-        yield f"networks  {args.teacher} (accuracy {score}) -> {args.student}"
-        machine = (
-            f"{self.device}, {'bf16' if args.amp else 'fp32'}, python {sys.version.split()[0]}"
-        )
-        yield f"machine   {machine}, torch {torch.__version__}, seed {args.seed}"
 
 
 # ---- The algorithm ------------------------------------------------------------------------------
@@ -839,7 +837,7 @@ def main(argv=None):
     args = parse_args(argv)
     run = Run(args)
     first_epoch = run.resume()
-    run.journal.header(*run.header())
+    run.journal.header(args, len(run.embeddings), run.shape[1], run.teacher_accuracy)
     teacher, student, memory, bn_loss = run.teacher, run.student, run.memory, run.bn_loss
 
     for epoch in range(first_epoch, args.warmup_epochs + args.epochs):

@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 import torch.nn as nn
@@ -402,6 +403,20 @@ def test_the_shipped_teacher_is_as_good_as_its_file_says():
     assert found >= 0.994 and found == pytest.approx(teacher.info["accuracy"], abs=0.003)
 
 
+def test_the_shipped_cifar_teacher_on_images_without_jpeg_damage():
+    archive = DATA / "cifar10_lossless_subset.npz"
+    if not archive.exists():
+        pytest.skip("cifar10_lossless_subset.npz is not here")
+    teacher = nayer.load_model(HERE / "teachers" / "cifar10_wrn40_2.safetensors")
+    arrays = numpy.load(archive)
+    images = torch.from_numpy(arrays["test_x"]).permute(0, 3, 1, 2)
+    mean, std = (torch.tensor(teacher.info[k]).view(3, 1, 1) for k in ("mean", "std"))
+    with torch.no_grad():
+        logits = torch.cat([teacher((x / 255 - mean) / std) for x in images.split(200)])
+    found = (logits.argmax(1) == torch.from_numpy(arrays["test_y"])).float().mean().item()
+    assert found >= 0.91 and found == pytest.approx(teacher.info["accuracy_lossless"], abs=0.003)
+
+
 def test_the_held_out_digits_are_500_that_no_teacher_was_trained_on():
     train, test = (extras.stack(extras.digits(part)) for part in (0, 1))
     assert len(train[0]) == 1297 and len(test[0]) == 500
@@ -781,6 +796,8 @@ def complaint(argv, main=nayer.main):
     ("--noisy-layer on", "--noisy-layer"),
     ("--device tpu", "--device"),
     ("--prompt hello", "{class}"),
+    ("--image-size 18", "multiple of 4"),
+    ("--std 0", "--std"),
 ])  # fmt: skip
 def test_a_wrong_command_line_ends_with_one_line_and_code_2(flags, words, capsys, tmp_path):
     code, _ = complaint([*flags.split(), "--out", str(tmp_path / "run")])
@@ -824,6 +841,8 @@ def make_bad_files(folder):
     ("--teacher {}/misfit.safetensors", "misfit.safetensors"),
     ("--teacher {}/nonorm.safetensors --dataset folder --no-eval", "--alpha-bn 0"),
     ("--teacher {}/nonorm.safetensors --alpha-bn 0", "16"),
+    ("--image-size 32", "16 pixels"),
+    ("--mean 0.5 0.5 0.5", "--mean"),
     ("--class-names {}/names.txt", "2 names"),
     ("--class-names {}/nowhere.txt", "nowhere.txt"),
     ("--text-encoder {}/other", "shipped"),
