@@ -310,8 +310,9 @@ class BatchStatistics(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
         n = x.numel() // x.shape[1]
-        mean, var = torch.zeros(2, x.shape[1], device=x.device)
-        F.batch_norm(x, mean, var, training=True, momentum=1.0)  # fills both, var unbiased
+        mean, var, bias = torch.zeros(3, x.shape[1], device=x.device)
+        weight = torch.ones_like(mean)  # float32 parameters keep the statistics in float32
+        F.batch_norm(x, mean, var, weight, bias, True, 1.0)  # fills mean and (unbiased) var
         ctx.save_for_backward(x, mean)
         return mean, var * ((n - 1) / n)
 
