@@ -414,7 +414,7 @@ def test_the_shipped_cifar_teacher_on_images_without_jpeg_damage():
     with torch.no_grad():
         logits = torch.cat([teacher((x / 255 - mean) / std) for x in images.split(200)])
     found = (logits.argmax(1) == torch.from_numpy(arrays["test_y"])).float().mean().item()
-    assert found >= 0.91 and found == pytest.approx(teacher.info["accuracy_lossless"], abs=0.003)
+    assert found >= 0.9 and found == pytest.approx(teacher.info["accuracy_lossless"], abs=0.003)
 
 
 def test_the_held_out_digits_are_500_that_no_teacher_was_trained_on():
