@@ -42,6 +42,7 @@ Knowledge Distillation, CVPR 2024, arXiv 2310.00258.
 import argparse
 import hashlib
 import json
+import logging
 import math
 import re
 import shlex
@@ -174,9 +175,10 @@ def label_text_embeddings(class_names, encoder, prompt):
     Raises UserError if there is no such encoder. Reads safetensors only, runs no remote code.
     """
     from transformers import AutoModel, AutoTokenizer
-    from transformers.utils import logging
+    from transformers.utils.logging import disable_progress_bar
 
-    logging.disable_progress_bar()
+    disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # silent retries when offline
     shipped = "digits, cifar10, cifar100, tiny_imagenet (default encoder, prompt and class names)"
     with explained(
         f"no text encoder {encoder} here or on the hub; embeddings are shipped for {shipped}"
