@@ -48,6 +48,7 @@ import re
 import shlex
 import sys
 import time
+from functools import cached_property
 from pathlib import Path
 
 import safetensors
@@ -778,6 +779,7 @@ class Run:
         if self.args.compile:
             self.generator.compile()
 
+    @cached_property  # the teacher is frozen: its weights are hashed once, not at every checkpoint
     def settings(self):
         """What must be the same when a run is resumed: all that a number in its log depends on."""
         free = ("out", "data_root", "device", "resume", "eval", "compile")  # change nothing
@@ -795,7 +797,7 @@ class Run:
         save_model(self.args.out / "student.safetensors", self.student, self.info | about)
         state = {name: getattr(self, name).state_dict() for name in self.STATEFUL}
         # The file moves into place whole: a kill at any moment leaves this checkpoint or the last.
-        state |= dict(format=1, settings=self.settings(), epoch=epoch, rng=torch.get_rng_state())
+        state |= dict(format=1, settings=self.settings, epoch=epoch, rng=torch.get_rng_state())
         if self.device.type == "cuda":
             state["cuda_rng"] = torch.cuda.get_rng_state()
         write_atomically(self.args.out / "checkpoint.pt", lambda file: torch.save(state, file))
@@ -816,7 +818,7 @@ class Run:
             state = torch.load(path, map_location=self.device, weights_only=True)
             if state["format"] != 1:
                 raise UserError(f"{path} has format {state['format']}; nayer.py reads format 1")
-            old, new = state["settings"], self.settings()
+            old, new = state["settings"], self.settings
             changes = [f"{k} {old.get(k)} -> {new[k]}" for k in new if old.get(k) != new[k]]
             if changes:
                 raise UserError(f"{path} is of a run with other settings: {'; '.join(changes)}")
