@@ -3,13 +3,16 @@
     python teachers/train.py --dataset digits --model wrn16_2       the shipped teacher of digits
     python teachers/train.py --dataset cifar10 --model resnet34     the paper's: 200 epochs
     python teachers/train.py --dataset cifar10 --model wrn40_2 --epochs 30           a short recipe
+    python teachers/train.py --dataset cifar10 --model wrn40_2 --epochs 12 --init F  a second cycle
     python teachers/train.py --embed-labels sentence-transformers/all-MiniLM-L6-v2
 
 Without --epochs: the recipe of the paper's teachers (200 epochs of SGD from 0.1, cosine, batch 256,
 weight decay 5e-4). With --epochs N: a one-cycle recipe that is strong when short (peak 0.25,
 Nesterov; the images grow from 5/8 of their size to all of it during the first 60 % of the epochs,
-which saves a quarter of the time). The last command trains nothing: it writes the embeddings of the
-class names in class_names.json to label_embeddings.safetensors, with each data set's prompt.
+which saves a quarter of the time). With --init FILE as well: a further cycle from the weights in
+that model file (peak 0.1, images in full size from the start). The last command trains nothing: it
+writes the embeddings of the class names in class_names.json to label_embeddings.safetensors, with
+each data set's prompt.
 
 Nothing else in the project reads a training image.
 """
@@ -41,6 +44,7 @@ def parse_args(argv=None):
     add("--model", default="wrn16_2", help="a name that nayer.build_model knows")
     add("--out", type=Path, help="model file (default: teachers/<dataset>_<model>.safetensors)")
     add("--epochs", type=count, help="a short one-cycle run; without it, 200 epochs as published")
+    add("--init", type=Path, help="model file to go on from, for a further cycle of --epochs N")
     add("--batch", type=extras.number(int, 2), default=256)
     add("--image-size", type=extras.number(int, 8, 224), help="pixels, for --dataset folder")
     add("--channels", type=int, choices=[1, 3], help="for --dataset folder (default: 3)")
@@ -56,6 +60,8 @@ def parse_args(argv=None):
     args.image_size, args.channels = args.image_size or size, args.channels or channels
     args.mean, args.std = args.mean or mean, args.std or std
     args.out = args.out or HERE / f"{args.dataset}_{args.model}.safetensors"
+    if args.init and not args.epochs:
+        parser.error("--init needs --epochs N: it is a further short cycle")
     if args.image_size is None or args.image_size % 4:
         parser.error("--dataset folder needs --image-size, a multiple of 4")
     return args
@@ -88,27 +94,29 @@ def embed_labels(encoder):
         key = nayer.embedding_key(names, nayer.TEXT_ENCODER, prompt)
         entries[key] = nayer.label_text_embeddings(names, encoder, prompt).half()
         print(f"{dataset}: {tuple(entries[key].shape)}, {prompt!r}")
-    save_file(entries, HERE / "label_embeddings.safetensors")
+    place = HERE / "label_embeddings.safetensors"
+    extras.write_atomically(place, lambda file: save_file(entries, file))
 
 
-def learning_rate(progress, short):
+def learning_rate(progress, args):
     """At `progress` in [0, 1) of the training."""
-    if not short:
+    if args.epochs is None:
         return 0.1 * (1 + math.cos(math.pi * progress)) / 2
+    peak = 0.1 if args.init else 0.25
     if progress < 0.2:
-        return 0.25 * (0.1 + 0.9 * progress / 0.2)
-    return 0.25 * (1 + math.cos(math.pi * (progress - 0.2) / 0.8)) / 2
+        return peak * (0.1 + 0.9 * progress / 0.2)
+    return peak * (1 + math.cos(math.pi * (progress - 0.2) / 0.8)) / 2
 
 
 def train_epoch(model, optimizer, images, labels, augment, autocast, args, epoch, epochs):
     """One pass over the images. Returns the mean loss and the side of the images that were used."""
     model.train()
     steps, total = max(1, len(images) // args.batch), torch.zeros((), device=images.device)
-    short, size = args.epochs is not None, args.image_size
-    side = size * min(8, 5 + 5 * epoch // epochs) // 8 if short else size
+    size, grow = args.image_size, args.epochs is not None and args.init is None
+    side = size * min(8, 5 + 5 * epoch // epochs) // 8 if grow else size
     order = torch.randperm(len(images), device=images.device)
     for step, rows in zip(range(steps), order.split(args.batch)):
-        optimizer.param_groups[0]["lr"] = learning_rate((epoch + step / steps) / epochs, short)
+        optimizer.param_groups[0]["lr"] = learning_rate((epoch + step / steps) / epochs, args)
         views = augment(images[rows].float() / 255)
         if side != size:
             views = F.interpolate(views, size=side, mode="bilinear", antialias=True)
@@ -130,6 +138,9 @@ def main(argv=None):
     device, bf16 = extras.pick_device(args.device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
     (images, labels), test, class_names = load_images(args)
+    start = nayer.load_model(args.init) if args.init else None
+    if start:  # its images were normalised in some way: go on with that
+        args.mean, args.std = args.mean or start.info["mean"], args.std or start.info["std"]
     if args.mean is None or args.std is None:
         scaled = images.float() / 255
         args.mean = args.mean or scaled.mean((0, 2, 3)).tolist()
@@ -140,6 +151,9 @@ def main(argv=None):
     test = list(zip(test[0].to(device).split(500), test[1].to(device).split(500)))
 
     model = nayer.build_model(args.model, len(class_names), args.channels, args.image_size)
+    if start:
+        with extras.explained(f"{args.init} is not a {args.model} for these images and classes"):
+            model.load_state_dict(start.state_dict())
     model = model.to(device, memory_format=torch.channels_last)
     epochs, weights = args.epochs or 200, model.parameters()
     nesterov = args.epochs is not None
