@@ -13,13 +13,14 @@ layers; a student S learns from T on those images. Earlier methods feed G random
 it the label-text embedding (LTE) of the class name, which is constant, and puts the randomness into
 a noisy layer Z between the two, drawn anew for every batch:  x = G(Z(e_y)).
 
-    python nayer.py                        digits on a laptop's CPU, nothing to download, 31 s
-    python nayer.py --dataset cifar10      the published job, for a GPU
-    python nayer.py --help                 every flag and its default
+    python nayer.py                            digits on a laptop's CPU, no download, 33 s
+    python nayer.py --dataset cifar10          the published job, for a GPU
+    python nayer.py --teacher file.py:load     your own network, and no data (see README.md)
+    python nayer.py --help                     every flag and its default
 
 Read on in this order: the label-text embeddings, Z and G, the losses, the memory bank, then the two
 half-steps `synthesize` and `distill`, and `main`, which is the algorithm on one screen. What else a
-program needs (clear errors, images to score on, pictures, the log) is in extras.py.
+program needs (clear errors, test images, checkpoints, pictures, the log) is in extras.py.
 
     paper   meaning                                  in this file
     T, S    teacher (frozen), student                teacher, student
@@ -47,29 +48,16 @@ import math
 import re
 import shlex
 import sys
-import time
 from functools import cached_property
 from pathlib import Path
 
-import safetensors
 import safetensors.torch
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from tqdm import tqdm
 
-from extras import (  # what is not the method
-    IMAGES,
-    Journal,
-    UserError,
-    explained,
-    number,
-    pick_device,
-    read_class_names,
-    run_script,
-    test_batches,
-    write_atomically,
-)
+import extras  # what is not the method
+from extras import UserError, explained, number, write_atomically
 
 SHIPPED = Path(__file__).resolve().parent / "teachers"  # trained teachers, label embeddings
 TEXT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"  # the shipped embeddings are its
@@ -86,8 +74,10 @@ def parse_args(argv=None):
     their parser differ and belong to no published result]. A folder is treated as cifar10.
     """
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # which preset?
-    early.add_argument("--dataset", nargs="?", default="digits")
-    dataset = early.parse_known_args(argv)[0].dataset
+    early.add_argument("--dataset", nargs="?")
+    early.add_argument("--teacher", nargs="?", default="")
+    known = early.parse_known_args(argv)[0]
+    dataset = known.dataset or ("folder" if ".py:" in known.teacher else "digits")
     column = dict(digits=0, cifar100=2, tiny_imagenet=3).get(dataset, 1)
     parser = argparse.ArgumentParser(
         prog="nayer.py",
@@ -107,7 +97,7 @@ def parse_args(argv=None):
 
     # fmt: off
     group = parser.add_argument_group("run")
-    add("--dataset", str, "digits", "preset, and the images to score on", choices=IMAGES)
+    add("--dataset", str, dataset, "preset, and the images to score on", choices=extras.IMAGES)
     add("--data-root", Path, Path("data"), "folder of the data sets and of computed embeddings")
     add("--out", Path, None, "folder to write to (None: runs/<dataset>-<teacher>-<student>)")
     add("--seed", number(int, 0, 2**63 - 1), 0, "of all random numbers")
@@ -115,8 +105,8 @@ def parse_args(argv=None):
     add("--resume", "store_true", False, "go on after the last finished epoch of the run in --out")
     add("--eval", switch, True, "score the student on real test images after every epoch")
     group = parser.add_argument_group("networks and class names")
-    add("--teacher", str, ("wrn16_2", *["wrn40_2"] * 3), "T: trained network, name or model file")
-    add("--student", str, ("wrn16_1", *["wrn16_2"] * 3), "S: wrn{depth}_{width}, resnet18, ...")
+    add("--teacher", str, ("wrn16_2", *["wrn40_2"] * 3), "T: name, model file, file.py:function")
+    add("--student", str, ("wrn16_1", *["wrn16_2"] * 3), "S: wrn16_1, ..., or file.py:function")
     add("--class-names", Path, None, "file with a name per line (None: those of the teacher)")
     add("--text-encoder", str, TEXT_ENCODER, "Hugging Face name, or local folder")
     add("--image-size", number(int, 8, 224), None, "pixels, a multiple of 4 (None: the teacher's)")
@@ -141,6 +131,8 @@ def parse_args(argv=None):
     add("--label-input", str, "lte", "what Z reads", choices=["lte", "onehot", "noise"])
     kinds = ["reinit", "fixed", "off"]
     add("--noisy-layer", str, "reinit", "Z: drawn for each batch, once, or none", choices=kinds)
+    add("--images-per-matrix", count, None, "that share a matrix of Z (None: one of each class)")
+    add("--lte-norm", switch, True, "the BatchNorm between the LTE and Z")
     group = parser.add_argument_group("student")
     add("--student-steps", count, (36, 400, 400, 1000), "distillation steps per epoch")
     add("--student-batch", number(int, 2), (128, 512, 512, 256), "images in a distillation step")
@@ -152,13 +144,14 @@ def parse_args(argv=None):
     group = parser.add_argument_group("speed")
     add("--amp", switch, None, "bf16 autocast (None: where the device is fast with it)")
     add("--compile", switch, False, "torch.compile for T, S and G")
+    add("--deterministic", switch, False, "the same bits on every run on CUDA, too; slower")
     # fmt: on
     args = parser.parse_args(argv)
     if "{class}" not in args.prompt:
         parser.error(f"--prompt {args.prompt!r}: write {{class}} where the class name belongs")
     if args.image_size and args.image_size % 4:
         parser.error(f"--image-size {args.image_size} is not a multiple of 4")
-    name = f"{dataset}-{Path(args.teacher).stem}-{args.student}"
+    name = f"{dataset}-{Path(args.teacher).stem}-{Path(args.student).stem}"
     args.out = args.out or Path("runs") / name
     return args
 
@@ -184,8 +177,9 @@ def label_text_embeddings(class_names, encoder, prompt):
     with explained(
         f"no text encoder {encoder} here or on the hub; embeddings are shipped for {shipped}"
     ):
-        tokenizer = AutoTokenizer.from_pretrained(encoder)
-        model = AutoModel.from_pretrained(encoder, use_safetensors=True).eval()
+        tokenizer = AutoTokenizer.from_pretrained(encoder, trust_remote_code=False)
+        model = AutoModel.from_pretrained(encoder, use_safetensors=True, trust_remote_code=False)
+    model.eval()
     names = [re.sub("[_-]", " ", name) for name in class_names]  # [code]
     texts = [prompt.replace("{class}", name) for name in names]
     padding = "max_length" if model.config.model_type.startswith("siglip") else True  # as trained
@@ -212,7 +206,7 @@ def cached_embeddings(class_names, encoder, prompt, folder):
     key = embedding_key(class_names, encoder, prompt)
     cache = folder / f"label_embeddings_{key}.safetensors"
     for path in (SHIPPED / "label_embeddings.safetensors", cache):
-        if path.exists() and key in (entries := read_safetensors(path)[0]):
+        if path.exists() and key in (entries := extras.read_safetensors(path)[0]):
             return entries[key].float()
     embeddings = label_text_embeddings(class_names, encoder, prompt)
     write_atomically(cache, lambda file: safetensors.torch.save_file({key: embeddings}, file))
@@ -230,10 +224,13 @@ class NoisyLayer(nn.Module):
     one class differ by their matrix. Matrices are trained with G; only `reinitialize` draws them.
     """
 
-    def __init__(self, embedding_size, num_matrices, images_per_matrix, hidden_size=1000):
+    def __init__(
+        self, embedding_size, num_matrices, images_per_matrix, hidden_size=1000, norm=True
+    ):
         super().__init__()
         self.images_per_matrix = images_per_matrix
-        self.norm = nn.BatchNorm1d(embedding_size)  # tells apart LTEs that lie close [paper]
+        # Tells apart LTEs that lie close [paper].
+        self.norm = nn.BatchNorm1d(embedding_size) if norm else nn.Identity()
         # Not a list of nn.Linear: N matrices in one tensor are one product and one Adam update.
         self.weight = nn.Parameter(torch.empty(num_matrices, embedding_size, hidden_size))
         self.bias = nn.Parameter(torch.empty(num_matrices, 1, hidden_size))  # (N, 1, H)
@@ -344,7 +341,8 @@ class BatchNormLoss:
     """
 
     def __init__(self, teacher, momentum):
-        modules = [m for m in teacher.modules() if isinstance(m, nn.BatchNorm2d)]
+        kinds = (nn.BatchNorm2d, nn.SyncBatchNorm)
+        modules = [m for m in teacher.modules() if isinstance(m, kinds)]
         self.layers = [m for m in modules if m.running_mean is not None]
         self.momentum, self.average = momentum, None  # [(mu, var) for each layer]
         self.batch = [None] * len(self.layers)  # likewise, of the last forward pass
@@ -440,13 +438,6 @@ class MemoryBank:
         """`count` images, uint8, drawn uniformly with replacement [ours]."""
         return self.images[torch.randint(len(self), (count,), device=self.images.device)]
 
-    def state_dict(self):
-        return dict(images=self.images[: len(self)].clone(), added=self.added)
-
-    def load_state_dict(self, state):
-        self.added = state["added"]
-        self.images[: len(self)] = state["images"]
-
 
 class Augment:
     """Random crop after zero padding (of the pixels), random mirroring, normalisation; per image.
@@ -528,12 +519,12 @@ def distill(
     teacher, student, memory, optimizer, augment, autocast,
     *, steps, batch, temperature, tick=lambda: None,
 ):  # fmt: skip
-    """One epoch: `steps` student steps on batches from M. Returns the mean of L_KD, a scalar.
+    """One epoch: `steps` student steps on batches from M. Returns L_KD at every step (steps,).
 
     Nothing but T's softened answers is learnt from; the labels that G was asked for play no part.
     """
     student.train().requires_grad_(True)
-    total = torch.zeros((), device=memory.images.device)
+    history = []
     for _ in range(steps):
         views = augment(memory.sample(batch).float() / 255)
         with autocast:
@@ -544,9 +535,9 @@ def distill(
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        total += loss.detach()
+        history.append(loss.detach())
         tick()
-    return total / steps
+    return torch.stack(history)
 
 
 # ---- Networks and model files -------------------------------------------------------------------
@@ -580,9 +571,8 @@ class WideResNet(nn.Module):
         blocks, inputs = [], 16
         for outputs in (16 * width, 32 * width, 64 * width):  # at full, half, quarter resolution
             for i in range((depth - 4) // 6):
-                blocks.append(
-                    WideBlock(inputs, outputs, 2 if i == 0 and outputs > 16 * width else 1)
-                )
+                stride = 2 if i == 0 and outputs > 16 * width else 1
+                blocks.append(WideBlock(inputs, outputs, stride))
                 inputs = outputs
         self.blocks = nn.Sequential(*blocks)
         self.norm = nn.BatchNorm2d(inputs)
@@ -633,22 +623,6 @@ def build_model(name, num_classes, channels=3, image_size=32):
     return model
 
 
-def read_safetensors(path):
-    """(tensors by name, metadata)"""
-    with explained(f"{path} is not an intact safetensors file"):
-        with safetensors.safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
-
-
-def fingerprint(info, state):
-    """sha256 of a description and of tensors by name: to notice damage, and changes on --resume."""
-    digest = hashlib.sha256(json.dumps(info, sort_keys=True).encode())
-    for name in sorted(state):
-        data = state[name].detach().cpu().contiguous().view(-1).view(torch.uint8)
-        digest.update(name.encode() + data.numpy().tobytes())
-    return digest.hexdigest()
-
-
 def save_model(path, model, info):
     """One self-describing safetensors file: the weights, with `info` as metadata.
 
@@ -658,38 +632,43 @@ def save_model(path, model, info):
     state = {
         name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()
     }
-    metadata = info | dict(sha256=fingerprint(info, state))
+    metadata = info | dict(sha256=extras.fingerprint(info, state))
     metadata = {key: json.dumps(value) for key, value in metadata.items()}
     write_atomically(Path(path), lambda file: safetensors.torch.save_file(state, file, metadata))
 
 
-def load_model(path):
+def load_model(path, model=None):
     """The network in a model file: on the CPU, float32, in eval mode, its description as `.info`.
 
-    Raises UserError if the file is missing, damaged, or not one of ours. Runs no code from it.
+    model: a network to put the weights into, for one that `build_model` does not know. Raises
+    UserError if the file is missing, damaged, or not one of ours. Runs no code from it.
     """
-    state, metadata = read_safetensors(path)
+    state, metadata = extras.read_safetensors(path)
     with explained(f"{path} is not an intact model file of nayer.py or teachers/train.py"):
         info = {key: json.loads(text) for key, text in metadata.items()}
-        if info.pop("sha256") != fingerprint(info, state):
+        if info.pop("sha256") != extras.fingerprint(info, state):
             raise ValueError("its checksum does not match")
-        classes = len(info["class_names"])
-        model = build_model(info["architecture"], classes, info["channels"], info["image_size"])
+        if model is None and ".py:" in info["architecture"]:
+            raise ValueError(f"give the network of {info['architecture']} to load_model, too")
+        shape = (len(info["class_names"]), info["channels"], info["image_size"])
+        model = model or build_model(info["architecture"], *shape)
         model.load_state_dict(state)
     model.info = info
-    return model.eval()
+    return model.float().eval()
 
 
-def load_teacher(name, dataset):
-    """By the path of its model file, or by its name: teachers/<dataset>_<name>.safetensors."""
+def load_teacher(args):
+    """T with its description as `.info`: file.py:function, a model file, or a name in teachers/."""
+    name, path = args.teacher, SHIPPED / f"{args.dataset}_{args.teacher}.safetensors"
+    if ".py:" in name:
+        return extras.foreign_teacher(args)
     if name.endswith(".safetensors"):
         return load_model(name)
-    path = SHIPPED / f"{dataset}_{name}.safetensors"
     if not path.exists():
         build_model(name, 10)  # complains of an unknown name
-        command = f"python teachers/train.py --dataset {dataset} --model {name}"
+        command = f"python teachers/train.py --dataset {args.dataset} --model {name}"
         raise UserError(
-            f"no trained {name} for {dataset}: there is no {path}; make it with: {command}"
+            f"no trained {name} for {args.dataset}: there is no {path}; make it with: {command}"
         )
     return load_model(path)
 
@@ -710,124 +689,143 @@ def accuracy(model, batches, augment, autocast):
     return float(correct) / seen
 
 
+@torch.no_grad()
+def agreement(teacher, student, images, augment, autocast):
+    """Fraction of `images`, uint8 (B, ch, H, W), on which S names the class that T names."""
+    device, labels = augment.mean.device, []
+    for part in images.split(500):
+        views = augment.normalize(part.to(device).float() / 255)
+        with autocast:
+            labels.append(teacher(views).argmax(1))
+    return accuracy(student, zip(images.split(500), labels), augment, autocast)
+
+
 class Run:
     """What surrounds the loop: T, S, the LTE, M, the test images, the journal, the checkpoint."""
 
-    STATEFUL = "student optimizer memory bn_loss noisy_layer generator journal".split()
+    STATEFUL = "student optimizer bn_loss noisy_layer generator journal".split()
 
     def __init__(self, args):
-        self.args, epochs = args, args.warmup_epochs + args.epochs
-        torch.manual_seed(args.seed)
-        torch.backends.cudnn.benchmark = True
+        self.args = args
+        self.device, fast_bf16 = extras.pick_device(args.device)
+        self.rank, self.ranks = extras.join_ranks(self.device)  # 0, 1 without torchrun
+        torch.manual_seed(args.seed + self.rank)  # each rank makes its own noise
+        extras.set_determinism(args.deterministic)
         torch.set_float32_matmul_precision("high")  # TF32, where bf16 is not used
-        self.device, fast_bf16 = pick_device(args.device)
         args.amp = fast_bf16 if args.amp is None else args.amp
         # One context for T, S and G; losses, statistics and optimizers stay in float32.
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=args.amp)
-        self.journal = Journal(args.out, epochs, self.device)
-
-        self.teacher = load_teacher(args.teacher, args.dataset).requires_grad_(False)  # frozen
-        self.bn_loss = BatchNormLoss(self.teacher, args.bn_momentum)
-        if args.alpha_bn and not self.bn_loss.layers:
-            raise UserError(f"{args.teacher} has no BatchNorm2d for L_BN: add --alpha-bn 0")
-        self.info = info = dict(self.teacher.info)  # what it was trained on
-        if args.image_size not in (None, size := info["image_size"]):
-            raise UserError(f"--image-size {args.image_size}, but the teacher reads {size} pixels")
-        info["mean"], info["std"] = args.mean or info["mean"], args.std or info["std"]
-        if not len(info["mean"]) == len(info["std"]) == info["channels"]:
-            raise UserError(f"--mean and --std take one number per channel: {info['channels']}")
-        if args.class_names:
-            info["class_names"] = read_class_names(args.class_names, len(info["class_names"]))
-        names, self.shape = info["class_names"], (info["channels"], info["image_size"])
+        self.journal = extras.Journal(args, self.device, self.rank, self.ranks)
+        self.load_networks()
+        names = self.info["class_names"]
         self.embeddings = dict(
             lte=lambda: cached_embeddings(names, args.text_encoder, args.prompt, args.data_root),
             onehot=lambda: torch.eye(len(names)),
             noise=lambda: torch.empty(len(names), 0),  # see generator_inputs
         )[args.label_input]().to(self.device)
-        self.student = build_model(args.student, len(names), *self.shape)
+        wanted = args.warmup_epochs * math.prod(self.share(args.warmup_batches))
+        wanted += args.epochs * math.prod(self.share(args.batches))
+        capacity = extras.bank_capacity(wanted, args.bank_size, *self.shape, self.device)
+        self.memory = MemoryBank(capacity, *self.shape, self.device)
+        self.bank = "all" if capacity == wanted else str(capacity)
+        look = (args.crop_padding, args.flip, self.device)
+        self.augment = Augment(self.info["mean"], self.info["std"], *look)
+        self.new_generator()
+        self.test, self.teacher_accuracy = None, self.info.get("accuracy")
+        if args.eval and self.rank == 0:
+            with explained(f"no test images of {args.dataset}; --no-eval distils without them"):
+                place = (args.dataset, args.data_root, names, *self.shape, self.device)
+                self.test = extras.test_batches(*place)
+            self.teacher_accuracy = accuracy(self.teacher, self.test, self.augment, self.autocast)
+
+    def load_networks(self):
+        """T, frozen; what it says of its images, unless a flag says otherwise; S; L_BN's hooks."""
+        args = self.args
+        self.teacher = load_teacher(args).requires_grad_(False)
+        self.info = info = dict(self.teacher.info)
+        if args.image_size not in (None, size := info["image_size"]):
+            raise UserError(f"--image-size {args.image_size}, but the teacher reads {size} pixels")
+        info["mean"], info["std"] = args.mean or info["mean"], args.std or info["std"]
+        self.shape = (info["channels"], info["image_size"])
+        if not len(info["mean"]) == len(info["std"]) == self.shape[0]:
+            raise UserError(f"--mean and --std take one number per channel: {self.shape[0]}")
+        classes = extras.count_outputs(self.teacher, args.teacher, *self.shape)
+        if args.class_names:
+            info["class_names"] = extras.read_class_names(args.class_names)
+        if len(info["class_names"]) != classes:
+            names = len(info["class_names"])
+            raise UserError(f"{names} class names, but {args.teacher} has {classes} outputs")
+        self.bn_loss = BatchNormLoss(self.teacher, args.bn_momentum)
+        if args.alpha_bn and not self.bn_loss.layers:
+            raise UserError(f"{args.teacher} has no BatchNorm2d for L_BN: add --alpha-bn 0")
+        if ".py:" in args.student:
+            self.student = extras.network_from_file(args.student)
+        else:
+            self.student = build_model(args.student, classes, *self.shape)
+        if (outputs := extras.count_outputs(self.student, args.student, *self.shape)) != classes:
+            raise UserError(f"{args.student} has {outputs} outputs, the teacher {classes}")
         for model in (self.teacher, self.student):
             model.to(self.device, memory_format=torch.channels_last)
             if args.compile:
                 model.compile()
+        self.learner = extras.data_parallel(self.student, self.ranks)  # S itself without torchrun
         # SGD without Nesterov; main() moves its learning rate, so there is no scheduler to save.
         weights = self.student.parameters()
         self.optimizer = torch.optim.SGD(weights, args.lr, 0.9, weight_decay=1e-4, fused=True)
-        batches = args.warmup_epochs * args.warmup_batches + args.epochs * args.batches
-        capacity = min(args.bank_size or math.inf, batches * args.synthesis_batch)
-        self.memory = MemoryBank(capacity, *self.shape, self.device)
-        self.augment = Augment(info["mean"], info["std"], args.crop_padding, args.flip, self.device)
-        self.new_generator()
-        self.test, self.teacher_accuracy = None, info.get("accuracy")
-        if args.eval:
-            with explained(f"no test images of {args.dataset}; --no-eval distils without them"):
-                place = (args.dataset, args.data_root, names, *self.shape, self.device)
-                self.test = test_batches(*place)
-            self.teacher_accuracy = accuracy(self.teacher, self.test, self.augment, self.autocast)
 
     def new_generator(self):
         """A brand-new pair Z, G: the images of an old one come to resemble each other."""
-        D, B, hidden_size = self.embeddings.shape[1] or NOISE_SIZE, self.args.synthesis_batch, 1000
+        args, D, hidden_size = self.args, self.embeddings.shape[1] or NOISE_SIZE, 1000
         # H = 1000 with Z [code]; without it, what G reads has the size of the input itself.
-        if self.args.noisy_layer == "off":  # G reads e_y itself: one image per class and step
-            self.noisy_layer, hidden_size = nn.BatchNorm1d(D), D
+        if args.noisy_layer == "off":  # G reads e_y itself: one image per class and step
+            self.noisy_layer, hidden_size = nn.BatchNorm1d(D) if args.lte_norm else nn.Identity(), D
         else:
-            K = min(len(self.embeddings), B)  # images per matrix
-            self.noisy_layer = NoisyLayer(D, math.ceil(B / K), K, hidden_size)
-        self.generator = Generator(hidden_size, *self.shape, self.args.generator_width)
+            K = min(args.images_per_matrix or len(self.embeddings), args.synthesis_batch)
+            num_matrices = math.ceil(args.synthesis_batch / K)
+            self.noisy_layer = NoisyLayer(D, num_matrices, K, hidden_size, args.lte_norm)
+        self.generator = Generator(hidden_size, *self.shape, args.generator_width)
         self.noisy_layer.to(self.device)
         self.generator.to(self.device, memory_format=torch.channels_last)
-        if self.args.compile:
+        if args.compile:
             self.generator.compile()
 
+    def share(self, num_batches):
+        """This rank's share of an epoch's synthesis: number of batches, images in each."""
+        own = math.ceil(num_batches / self.ranks)
+        return own, math.ceil(num_batches * self.args.synthesis_batch / (own * self.ranks))
+
     @cached_property  # the teacher is frozen: its weights are hashed once, not at every checkpoint
-    def settings(self):
-        """What must be the same when a run is resumed: all that a number in its log depends on."""
+    def checkpoint(self):
+        """Knows what must be the same on --resume: all that a number in the log depends on."""
         free = ("out", "data_root", "device", "resume", "eval", "compile")  # change nothing
         settings = {key: str(value) for key, value in vars(self.args).items() if key not in free}
-        settings["teacher's weights"] = fingerprint(self.info, self.teacher.state_dict())
-        return settings | {"label embeddings": fingerprint({}, {"": self.embeddings})}
+        settings |= dict(ranks=str(self.ranks), bank=self.bank)
+        settings["class names"] = ", ".join(self.info["class_names"])
+        settings["teacher's weights"] = extras.fingerprint(self.info, self.teacher.state_dict())
+        settings["label embeddings"] = extras.fingerprint({}, {"": self.embeddings})
+        return extras.Checkpoint(self.args.out, settings, self.rank, self.device)
 
-    def save(self, epoch):
-        """student.safetensors, and the checkpoint: all that is needed to go on after `epoch`."""
+    def save(self, epoch, images):
+        """student.safetensors, and all that is needed to go on after `epoch`."""
         about = dict(
             architecture=self.args.student, accuracy=self.journal.rows[-1]["accuracy"],
             trained_on=f"images synthesised from {self.args.teacher}, for {self.args.dataset}",
             command=shlex.join(["python", *sys.argv]),
         )  # fmt: skip
-        save_model(self.args.out / "student.safetensors", self.student, self.info | about)
+        if self.rank == 0:
+            save_model(self.args.out / "student.safetensors", self.student, self.info | about)
         state = {name: getattr(self, name).state_dict() for name in self.STATEFUL}
-        # The file moves into place whole: a kill at any moment leaves this checkpoint or the last.
-        state |= dict(format=1, settings=self.settings, epoch=epoch, rng=torch.get_rng_state())
-        if self.device.type == "cuda":
-            state["cuda_rng"] = torch.cuda.get_rng_state()
-        write_atomically(self.args.out / "checkpoint.pt", lambda file: torch.save(state, file))
+        self.checkpoint.save(epoch, state, images, self.memory)
 
     def resume(self):
         """Go back to the checkpoint in --out, if there is one. Returns the epoch to begin with."""
-        out, path = self.args.out, self.args.out / "checkpoint.pt"
-        if path.exists() and not self.args.resume:
-            raise UserError(f"{out} holds a run: go on with --resume, or choose another --out")
-        with explained(f"cannot write to --out {out}"):
-            out.mkdir(parents=True, exist_ok=True)
-            (out / "writable.tmp").touch()
-            for leftover in out.glob("**/*.tmp"):  # also of a run that was killed while writing
-                leftover.unlink()
-        if not path.exists():
+        state = self.checkpoint.open(self.args.resume, self.args.warmup_epochs)
+        if state is None:
             return 0
-        with explained(f"{path} is not an intact checkpoint of nayer.py"):
-            state = torch.load(path, map_location=self.device, weights_only=True)
-            if state["format"] != 1:
-                raise UserError(f"{path} has format {state['format']}; nayer.py reads format 1")
-            old, new = state["settings"], self.settings
-            changes = [f"{k} {old.get(k)} -> {new[k]}" for k in new if old.get(k) != new[k]]
-            if changes:
-                raise UserError(f"{path} is of a run with other settings: {'; '.join(changes)}")
+        with explained(f"{self.args.out} holds no checkpoint of this run"):
             for name in self.STATEFUL:
                 getattr(self, name).load_state_dict(state[name])
-            torch.set_rng_state(state["rng"].cpu())
-            if self.device.type == "cuda" and "cuda_rng" in state:
-                torch.cuda.set_rng_state(state["cuda_rng"].cpu())
-        return state["epoch"] + 1
+            return self.checkpoint.refill(self.memory)
 
 
 # ---- The algorithm ------------------------------------------------------------------------------
@@ -842,57 +840,58 @@ def main(argv=None):
     args = parse_args(argv)
     run = Run(args)
     first_epoch = run.resume()
-    run.journal.header(args, len(run.embeddings), run.shape[1], run.teacher_accuracy)
-    teacher, student, memory, bn_loss = run.teacher, run.student, run.memory, run.bn_loss
+    teacher, student, bn_loss, memory = run.teacher, run.student, run.bn_loss, run.memory
+    journal = run.journal
+    journal.header(run.info["class_names"], run.shape[1], run.teacher_accuracy, run.embeddings)
 
     for epoch in range(first_epoch, args.warmup_epochs + args.epochs):
         warm_up = epoch < args.warmup_epochs  # fills M; no L_adv, since S knows nothing yet
-        num_batches = args.warmup_batches if warm_up else args.batches
-        student_steps = 0 if warm_up else args.student_steps
-        steps = num_batches * args.generator_steps + student_steps
-        bar = tqdm(total=steps, desc=f"epoch {epoch}", leave=False, disable=None)
-        loss_kd = score = None
-
+        num_batches, batch_size = run.share(args.warmup_batches if warm_up else args.batches)
         if epoch % args.generator_life == 0:
             run.new_generator()  # a brand-new Z and G; the average of L_BN lives on [code]
-        start = time.perf_counter()
+        fresh, agree, score = [], None, None
+        student_steps = 0 if warm_up else args.student_steps
+        journal.begin(epoch, num_batches * args.generator_steps + student_steps)
         for batch in range(num_batches):
             if args.noisy_layer == "reinit":
                 run.noisy_layer.reinitialize()  # once per batch, not per step [code]
-            labels = class_sets(len(run.embeddings), args.synthesis_batch, run.device)
+            labels = class_sets(len(run.embeddings), batch_size, run.device)
             images, losses = synthesize(
                 run.generator, run.noisy_layer, generator_inputs(labels, run.embeddings), labels,
-                teacher, student, bn_loss, run.augment, run.autocast, tick=bar.update,
+                teacher, student, bn_loss, run.augment, run.autocast, tick=journal.tick,
                 steps=args.generator_steps, lr=args.generator_lr, alpha_ce=args.alpha_ce,
                 alpha_bn=args.alpha_bn, alpha_adv=0.0 if warm_up else args.alpha_adv,
             )  # fmt: skip
+            journal.add_batch(batch, losses)
             bn_loss.update()  # the average moves once per batch, from the last step
-            memory.add(images)
-            run.journal.add_batch(epoch, batch, losses)
-        synthesized = time.perf_counter()
+            fresh.append(images)
+        memory.add(fresh := torch.cat(fresh))
+        journal.lap("synthesis")
 
-        # S learns only after the warm-up, when M holds enough images to be worth it.
+        # S learns only after the warm-up, when M holds enough. Test first: the fresh are new to it.
         if not warm_up:
+            agree = agreement(teacher, student, fresh, run.augment, run.autocast)
+            journal.lap("evaluation")
             progress = (epoch - args.warmup_epochs) / args.epochs  # cosine from --lr to 2e-4
             rate = 2e-4 + (args.lr - 2e-4) * (1 + math.cos(math.pi * progress)) / 2
             run.optimizer.param_groups[0]["lr"] = rate
-            loss_kd = distill(
-                teacher, student, memory, run.optimizer, run.augment, run.autocast, tick=bar.update,
-                steps=student_steps, batch=args.student_batch, temperature=args.temperature,
-            ).item()  # fmt: skip
-        distilled = time.perf_counter()
-        if run.test and not warm_up:
-            score = accuracy(student, run.test, run.augment, run.autocast)
-        bar.close()
-        run.journal.add_epoch(
-            epoch, len(memory), loss_kd, score,
-            seconds_synthesis=synthesized - start, seconds_distillation=distilled - synthesized,
-            seconds_evaluation=time.perf_counter() - distilled,
-        )  # fmt: skip
-        run.journal.write(images, labels, run.info["class_names"])
-        run.save(epoch)
-    return run.journal.finish(args, run.teacher_accuracy)
+            losses = distill(
+                teacher, run.learner, memory, run.optimizer, run.augment, run.autocast,
+                steps=student_steps, batch=math.ceil(args.student_batch / run.ranks),
+                temperature=args.temperature, tick=journal.tick,
+            )  # fmt: skip
+            extras.same_buffers(student, run.ranks)
+            journal.add_distillation(losses)
+            journal.lap("distillation")
+            if run.test:
+                score = accuracy(student, run.test, run.augment, run.autocast)
+        diversity = extras.class_diversity(teacher, images, labels, run.augment, run.autocast)
+        journal.lap("evaluation")
+        journal.add_epoch(memory, fresh, agree, score, diversity)
+        journal.draw(images, labels, run.info["class_names"])
+        run.save(epoch, fresh)
+    return journal.finish(run.teacher_accuracy, run.info["class_names"])
 
 
 if __name__ == "__main__":
-    run_script(main)
+    extras.run_script(main)
