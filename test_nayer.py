@@ -2,15 +2,18 @@
 
 import ast
 import csv
+import hashlib
 import json
 import math
 import os
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
-import time
+import tempfile
+import zipfile
 from pathlib import Path
 
 import numpy
@@ -42,7 +45,7 @@ def run(out, *flags):
 
 
 def weights(path):
-    return nayer.read_safetensors(path)[0]
+    return extras.read_safetensors(path)[0]
 
 
 def same(a, b):
@@ -293,14 +296,14 @@ def test_distillation_lowers_its_loss_and_leaves_the_teacher_alone():
         nayer.distill(
             teacher, student, memory, optimizer, parts["augment"], PLAIN,
             steps=15, batch=16, temperature=4.0,
-        ).item() for _ in range(4)
+        ).mean().item() for _ in range(4)
     ]  # fmt: skip
     assert losses[-1] < 0.7 * losses[0]
     assert same(before, teacher.state_dict())
     assert all(a is b for a, b in zip(seen, bn_loss.batch)), "the hooks worked for nothing"
 
 
-def test_memory_bank_is_a_ring_of_bytes_and_survives_its_state():
+def test_memory_bank_is_a_ring_of_bytes():
     bank = nayer.MemoryBank(10, 1, 2)
 
     def image(*values):
@@ -311,11 +314,6 @@ def test_memory_bank_is_a_ring_of_bytes_and_survives_its_state():
     bank.add(image(*range(7, 12)))  # wraps: 0 and 1 give way to 10 and 11
     assert len(bank) == 10 and bank.images.dtype == torch.uint8
     assert bank.images[:, 0, 0, 0].tolist() == [10, 11, *range(2, 10)]
-    copy = nayer.MemoryBank(10, 1, 2)
-    copy.load_state_dict(bank.state_dict())
-    bank.add(image(99))
-    copy.add(image(99))
-    assert torch.equal(bank.images, copy.images) and len(copy) == 10
     bank.add(image(*range(100, 125)))  # more than it holds: the last ten stay
     assert sorted(bank.images[:, 0, 0, 0].tolist()) == list(range(115, 125))
 
@@ -351,9 +349,10 @@ def test_augmentation_gives_each_image_its_own_zero_padded_crop(flip):
     + [("wrn16_2", 0.69), ("wrn40_1", 0.56), ("vgg11", 9.23)],
 )
 def test_networks_have_the_known_number_of_parameters(name, millions):
-    model = nayer.build_model(name, 10)
+    with torch.device("meta"):  # shapes alone
+        model = nayer.build_model(name, 10)
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.006)
-    assert model.eval()(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+    assert model.eval()(torch.zeros(2, 3, 32, 32, device="meta")).shape == (2, 10)
 
 
 @pytest.mark.parametrize(
@@ -381,21 +380,6 @@ def test_a_model_file_describes_itself(tmp_path):
     assert all(p.dtype == torch.float32 for p in nayer.load_model(path).parameters())
 
 
-def test_damaged_model_files_give_one_clear_error(tmp_path):
-    whole = (HERE / "teachers" / "digits_wrn16_2.safetensors").read_bytes()
-    path, generator = tmp_path / "m.safetensors", torch.Generator().manual_seed(0)
-    place = lambda end: int(torch.randint(end, (1,), generator=generator))  # noqa: E731
-    for trial in range(60):
-        damaged = bytearray(whole)
-        if trial % 2:
-            del damaged[place(len(whole)) :]
-        else:  # half of the flips in the header
-            damaged[place(6000 if trial % 4 else len(whole))] ^= 1 << place(8)
-        path.write_bytes(damaged)
-        with pytest.raises(nayer.UserError, match="m.safetensors"):
-            nayer.load_model(path)
-
-
 def test_the_shipped_teacher_is_as_good_as_its_file_says():
     teacher = nayer.load_model(HERE / "teachers" / "digits_wrn16_2.safetensors")
     images, labels = extras.stack(extras.digits(1))
@@ -414,7 +398,7 @@ def test_the_shipped_cifar_teacher_on_images_without_jpeg_damage():
     with torch.no_grad():
         logits = torch.cat([teacher((x / 255 - mean) / std) for x in images.split(200)])
     found = (logits.argmax(1) == torch.from_numpy(arrays["test_y"])).float().mean().item()
-    assert found >= 0.9 and found == pytest.approx(teacher.info["accuracy_lossless"], abs=0.003)
+    assert found >= 0.91 and found == pytest.approx(teacher.info["accuracy_lossless"], abs=0.003)
 
 
 def test_the_held_out_digits_are_500_that_no_teacher_was_trained_on():
@@ -495,10 +479,30 @@ def test_lte_are_computed_once_and_never_served_stale(tiny_bert, tmp_path, monke
     ask(prompt="{class}")
     assert len(calls) == 3
     weights_file = Path(tiny_bert) / "model.safetensors"
-    tensors, metadata = nayer.read_safetensors(weights_file)
+    tensors, metadata = extras.read_safetensors(weights_file)
     tensors = {k: v + 1 for k, v in tensors.items()}
     nayer.safetensors.torch.save_file(tensors, weights_file, metadata | {"format": "pt"})
     assert not torch.equal(first, ask()) and len(calls) == 4  # new weights in the old place
+
+
+def test_text_encoders_are_read_from_safetensors_and_run_no_code(tiny_bert, tmp_path):
+    folder = Path(tiny_bert)
+    evil = f"import os; os.mkdir({str(tmp_path / 'executed')!r})"
+    (folder / "evil.py").write_text(evil + "\nclass Evil: pass\n")
+    config = json.loads((folder / "config.json").read_text())
+    for kind in ("bert", "unheard_of"):
+        mapped = config | dict(model_type=kind, auto_map=dict(AutoModel="evil.Evil"))
+        (folder / "config.json").write_text(json.dumps(mapped))
+        try:
+            nayer.label_text_embeddings(["cat"], tiny_bert, "{class}")
+        except nayer.UserError:
+            assert kind == "unheard_of"
+        assert not (tmp_path / "executed").exists()
+    (folder / "config.json").write_text(json.dumps(config))
+    torch.save(weights(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(nayer.UserError, match="safetensors"):
+        nayer.label_text_embeddings(["cat"], tiny_bert, "{class}")
 
 
 @pytest.mark.parametrize(
@@ -578,7 +582,8 @@ def readme_commands():
     text = (HERE / "README.md").read_text().replace("\\\n", " ")
     blocks = re.findall(r"```(?:sh|bash|console)\n(.*?)```", text, re.S)
     lines = "\n".join(blocks).splitlines()
-    found = [re.search(r"python (nayer\.py|teachers/train\.py)(.*)", line) for line in lines]
+    programs = r"(?:python|torchrun .*?) (nayer\.py|teachers/train\.py)(.*)"
+    found = [re.search(programs, line) for line in lines]
     return [(m.group(1), re.split(r"[;#|>]|&&", m.group(2))[0].strip()) for m in found if m]
 
 
@@ -591,6 +596,69 @@ def test_every_readme_command_is_accepted():
     for program, flags in commands:
         flags = shlex.split(re.sub(r"\$\{?\w+\}?", "1", flags))
         (nayer if program == "nayer.py" else train).parse_args(flags)
+
+
+def readme_blocks():
+    return re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S)
+
+
+def test_the_readme_maps_the_paper_to_what_is_there():
+    text = (HERE / "README.md").read_text()
+    table = text.split("| part of the paper | in nayer.py |")[1].split("\n\n")[0].splitlines()[2:]
+    names = [re.match(r"\| [^|]+ \| `(\w+)` \| [^|]{15,} \|$", line).group(1) for line in table]
+    assert len(names) >= 12 and all(getattr(nayer, name).__doc__ for name in names)
+
+
+def test_the_readme_uses_the_parts_as_a_library(capsys):
+    code = next(block for block in readme_blocks() if "nayer.synthesize" in block)
+    space = {}
+    shorter = {"range(10)": "range(2)", "steps=20": "steps=8", "steps=40": "steps=15"}
+    for long, short in shorter.items():
+        assert long in code
+        code = code.replace(long, short)
+    exec(code, space)
+    printed = [float(line) for line in capsys.readouterr().out.split()]
+    assert len(printed) == 2 and len(space["M"]) == 200
+    assert printed[1] > printed[0]  # the student learns
+
+
+def test_the_readme_exports_a_student(straight, tmp_path, monkeypatch):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "digits-wrn16_2-wrn16_1").symlink_to(straight[0])
+    monkeypatch.chdir(tmp_path)
+    space = {}
+    exec(next(block for block in readme_blocks() if "torch.export" in block), space)
+    one = torch.rand(1, 1, 16, 16)  # another batch size than that of the example
+    found = torch.export.load("student.pt2").module()(one)
+    torch.testing.assert_close(found, space["student"](one), atol=1e-4, rtol=1e-4)
+
+
+def test_the_readme_shows_a_teacher_file(tmp_path, monkeypatch):
+    import torchvision
+
+    asked = []
+    monkeypatch.setattr(
+        torchvision.models, "resnet50", lambda **more: asked.append(more) or nn.Linear(1, 1)
+    )
+    block = next(block for block in readme_blocks() if "def load()" in block)
+    (tmp_path / "my_teacher.py").write_text(block)
+    assert extras.network_from_file(f"{tmp_path}/my_teacher.py:load").in_features == 1
+    assert list(asked[0]) == ["weights"]
+    torchvision.models.ResNet50_Weights[asked[0]["weights"]]  # a name that torchvision knows
+
+
+def test_the_shipped_files_have_the_checksums_that_are_written_down():
+    lines = (HERE / "teachers" / "README.md").read_text().splitlines()
+    sums = dict(
+        reversed(line.split("  ")) for line in lines if re.match(r"[0-9a-f]{64}  \S+$", line)
+    )
+    shipped = [
+        p.name for p in (HERE / "teachers").iterdir() if p.suffix in (".safetensors", ".json")
+    ]
+    assert sorted(sums) == sorted(shipped) and len(sums) == 4
+    for name, expected in sums.items():
+        found = hashlib.sha256((HERE / "teachers" / name).read_bytes()).hexdigest()
+        assert found == expected, name
 
 
 def test_script_metadata_names_the_requirements():
@@ -645,6 +713,14 @@ def test_a_run_writes_what_it_promises(straight):
     assert Image.open(out / "curve.png").size == (1000, 400)
     assert len(list((out / "samples").glob("epoch_00?.png"))) == 4
     assert Image.open(out / "samples" / "epoch_003.png").width == 10 * 66  # a column per class
+    assert Image.open(out / "training.png").size == (58 + 10 * 66, 14 + 4 * 66)  # rows: epochs
+    assert Image.open(out / "label_embeddings.png").width == 1000
+    for row, made, learned in zip(log, (26, 13, 13, 13), (0, 16, 16, 16)):
+        rate = float(row["generator_images_per_second"]) * float(row["seconds_synthesis"])
+        assert rate == pytest.approx(made * 2)
+        rate = float(row["student_images_per_second"] or 0) * float(row["seconds_distillation"])
+        assert rate == pytest.approx(learned)
+        assert float(row["peak_memory_mb"]) > 100 and float(row["diversity"]) > 0
     assert not list(out.glob("**/*.tmp"))
 
 
@@ -673,11 +749,20 @@ def test_no_real_image_is_needed(straight, tmp_path, monkeypatch):
     )
 
 
+def test_deterministic_algorithms_change_nothing_on_the_cpu(straight, tmp_path):
+    try:
+        run(tmp_path / "run", "--deterministic")
+        assert torch.are_deterministic_algorithms_enabled()
+        assert end_of(tmp_path / "run") == end_of(straight[0])
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_resumed_equals_uninterrupted_bit_for_bit(straight, tmp_path, monkeypatch):
     save = nayer.Run.save
 
-    def save_then_stop(self, epoch):
-        save(self, epoch)
+    def save_then_stop(self, epoch, images):
+        save(self, epoch, images)
         if epoch in (0, 1):  # after the warm-up; between two batches of one generator's life
             raise KeyboardInterrupt
 
@@ -690,12 +775,13 @@ def test_resumed_equals_uninterrupted_bit_for_bit(straight, tmp_path, monkeypatc
     monkeypatch.setattr(nayer.Run, "save", save)
     run(out, "--resume")
     assert not list(out.glob("**/*.tmp"))
-    a, b = (torch.load(path / "checkpoint.pt", weights_only=True) for path in (straight[0], out))
+    a, b = (extras.read_sealed(path / "checkpoint.pt") for path in (straight[0], out))
     for part in ("student", "noisy_layer", "generator"):
         assert same(a[part], b[part]), part
-    assert torch.equal(a["memory"]["images"], b["memory"]["images"]) and torch.equal(
-        a["rng"], b["rng"]
-    )
+    assert torch.equal(a["rng"], b["rng"]) and a["shards"] == b["shards"]
+    files = [sorted((path / "memory").iterdir()) for path in (straight[0], out)]
+    assert [f.name for f in files[0]] == [f.name for f in files[1]] and len(files[0]) == 4
+    assert all(x.read_bytes() == y.read_bytes() for x, y in zip(*files))
     for mine, other in zip(a["bn_loss"]["average"], b["bn_loss"]["average"]):
         assert all(map(torch.equal, mine, other))
     columns = ("epoch", "images", "loss_ce", "loss_bn", "loss_adv", "loss_kd", "accuracy", "best")
@@ -707,6 +793,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(straight, tmp_path, monkeypatc
 @pytest.mark.parametrize("flags", [
     "--label-input onehot", "--label-input noise", "--noisy-layer fixed", "--noisy-layer off",
     "--bank-size 20", "--no-amp --flip", "--alpha-bn 0 --alpha-adv 0", "--bn-momentum 0",
+    "--images-per-matrix 1", "--no-lte-norm",
 ])  # fmt: skip
 def test_every_switch_makes_another_student(straight, tmp_path, flags):
     summary = run(tmp_path / "run", "--no-eval", *flags.split())
@@ -738,20 +825,238 @@ def test_the_program_repeats_itself_and_prints_a_table(straight, tmp_path):
     assert f"{straight[1]['student_accuracy']:.2%}" in out
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_stopped_run_says_how_to_go_on(number, code, tmp_path):
-    process = program("--out", tmp_path / "run", "--student-steps", 200)
-    for line in process.stdout:
-        if line.split()[:1] == ["1"]:  # the line of epoch 1
-            break
-    while not (tmp_path / "run" / "checkpoint.pt").exists():
-        time.sleep(0.01)
-    process.send_signal(number)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == code
-    assert len(err.strip().splitlines()) == 1 and "--resume" in err
-    state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
-    assert state["epoch"] in (0, 1) and not list((tmp_path / "run").glob("**/*.tmp"))
+# ---- Killed at any moment -----------------------------------------------------------------------
+
+MOMENTS = ("step", "half-written", "written", "moved")  # where in a run a signal can strike
+
+
+def strike(moment, count, signum):
+    """From now on: send this process `signum` at the count-th such moment."""
+    left, replace, begin = [count], os.replace, extras.Journal.begin
+
+    def here(name):
+        left[0] -= name == moment
+        if left[0] == 0:
+            left[0] = -1
+            os.kill(os.getpid(), signum)
+
+    def observed_replace(source, target):
+        whole = Path(source).read_bytes()
+        Path(source).write_bytes(whole[: len(whole) // 2])
+        here("half-written")
+        Path(source).write_bytes(whole)
+        here("written")
+        replace(source, target)
+        here("moved")
+
+    def observed_begin(self, *args):
+        begin(self, *args)
+        tick = self.tick
+        self.tick = lambda: (tick(), here("step"))
+
+    extras.os = type("os", (), {**vars(os), "replace": staticmethod(observed_replace)})
+    extras.Journal.begin = observed_begin
+
+
+def fork(action):
+    """Run action() in a child process. Returns a function that waits for its (exit code, stderr).
+
+    The exit code is -N for signal N.
+    """
+    log = tempfile.TemporaryFile("w+")
+    if (pid := os.fork()) == 0:
+        os.dup2(log.fileno(), 2)
+        try:
+            action()
+        except SystemExit as end:
+            if isinstance(end.code, str):
+                print(end.code, file=sys.stderr, flush=True)
+            os._exit(1 if isinstance(end.code, str) else end.code or 0)
+        except BaseException as error:
+            print(repr(error), file=sys.stderr, flush=True)
+            os._exit(99)
+        os._exit(0)
+
+    def wait():
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        log.seek(0)
+        return code, log.read()
+
+    return wait
+
+
+def start(out, moment=None, count=0, signum=signal.SIGKILL, limit=None, flags=(), env=()):
+    def action():
+        os.environ.update(env)
+        if env:  # as torchrun sets it, which torch has read long ago
+            torch.set_num_threads(1)
+        if moment:
+            strike(moment, count, signum)
+        if limit:
+            import resource
+
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        sys.argv = ["nayer.py", "--out", str(out)]
+        fast = ("--no-eval", "--generator-width", "4")
+        extras.run_script(lambda: run(out, "--resume", *fast, *flags))
+
+    return fork(action)
+
+
+def run_and_strike(*args, **more):
+    return start(*args, **more)()
+
+
+def two_ranks(out, dies=None):
+    """What torchrun does: two processes that know of each other. Rank 1 may die at step 11."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    env = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    flags = ["--device", "cpu", "--batches", "2", "--synthesis-batch", "20"]
+    waits = [
+        start(out, dies if rank else None, 11, flags=flags, env=env | dict(RANK=str(rank)))
+        for rank in (0, 1)
+    ]
+    return [wait() for wait in waits]
+
+
+def zygote(folder):
+    """Many short runs, each a fork of a process that has imported everything, but computed nothing.
+
+    Prints what happened as JSON.
+    """
+    import matplotlib.figure  # noqa: F401
+    import sklearn.datasets  # noqa: F401
+    import sklearn.model_selection  # noqa: F401
+    import torch._dynamo  # noqa: F401  # which the first optimizer would import
+
+    folder, rest = Path(folder), open(os.devnull, "w")
+    extras.draw_curve = extras.draw_similarities = lambda file, *what: file.write_text("drawn")
+    story, report, sys.stdout = {}, sys.stdout, rest
+    story["straight"] = run_and_strike(folder / "straight")
+    kills, chance, k = 0, numpy.random.default_rng(0), 0
+    while kills < 20:  # the same run over and over: each kill hits what the last one left
+        count = int(chance.integers(1, 12))
+        code, error = run_and_strike(folder / f"killed{k}", MOMENTS[kills % 4], count)
+        assert (code, error) in ((-signal.SIGKILL, ""), (0, "")), error
+        kills, k = (kills + 1, k) if code else (kills, k + 1)  # finished: another one
+    story["killed"] = k + 1
+    story["survived"] = run_and_strike(folder / f"killed{k}")
+    for name, signum in (("term", signal.SIGTERM), ("int", signal.SIGINT)):
+        story[name] = run_and_strike(folder / name, "step", 11, signum)
+        story[name + "_resumed"] = run_and_strike(folder / name)
+    run_and_strike(folder / "full", "step", 11)  # one whole epoch, then the disk is full
+    before = (folder / "full" / "checkpoint.pt").read_bytes()
+    story["full"] = run_and_strike(folder / "full", limit=len(before) // 2)
+    story["full_kept"] = (folder / "full" / "checkpoint.pt").read_bytes() == before
+    story["full_resumed"] = run_and_strike(folder / "full")
+    story["ranks"] = two_ranks(folder / "ranks")
+    story["rank_dies"] = two_ranks(folder / "dies", "step")
+    story["dies_state"] = sorted(path.name for path in (folder / "dies" / "memory").iterdir())
+    story["dies_resumed"] = two_ranks(folder / "dies")
+    report.write(json.dumps(story))
+
+
+@pytest.fixture(scope="module")
+def story(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("zygote")
+    command = "import sys, test_nayer; test_nayer.zygote(sys.argv[1])"
+    done = subprocess.run(
+        [sys.executable, "-c", command, str(folder)],
+        cwd=HERE, capture_output=True, text=True, timeout=85,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return folder, json.loads(done.stdout)
+
+
+def end_of(out):
+    """What must not depend on how often a run was stopped."""
+    columns = "epoch images loss_ce loss_bn loss_adv loss_kd agree accuracy best diversity".split()
+    log = [[row[column] for column in columns] for row in rows(out / "log.csv")]
+    steps = (out / "generator.csv").read_bytes()
+    images = {path.name: path.read_bytes() for path in (out / "memory").glob("epoch*")}
+    student = weights(out / "student.safetensors")
+    return log, steps, images, {k: v.tolist() for k, v in student.items()}
+
+
+def test_runs_killed_20_times_equal_an_uninterrupted_one(story):
+    folder, told = story
+    assert told["straight"] == [0, ""] and told["survived"] == [0, ""]
+    for out in [folder / f"killed{k}" for k in range(told["killed"])]:
+        assert end_of(out) == end_of(folder / "straight")
+        assert [row["epoch"] for row in rows(out / "log.csv")] == ["0", "1", "2", "3"]
+        assert not list(out.glob("**/*.tmp"))
+
+
+@pytest.mark.parametrize("name, code", [("term", 143), ("int", 130)])
+def test_a_stopped_run_says_how_to_go_on(story, name, code):
+    folder, told = story
+    found, error = told[name]
+    assert found == code and len(error.strip().splitlines()) == 1
+    assert f"python nayer.py --out {folder / name} --resume" in error
+    assert told[name + "_resumed"] == [0, ""]
+    assert end_of(folder / name) == end_of(folder / "straight")
+
+
+def test_a_full_disk_gives_one_line_and_keeps_the_checkpoint(story):
+    folder, told = story
+    code, error = told["full"]
+    assert code == 1 and len(error.strip().splitlines()) == 1 and "cannot write" in error
+    assert told["full_kept"] and told["full_resumed"] == [0, ""]
+    assert end_of(folder / "full") == end_of(folder / "straight")
+    assert not list((folder / "full").glob("**/*.tmp"))
+
+
+def test_two_ranks_share_the_student_and_split_the_images(story):
+    folder, told = story
+    assert told["ranks"] == [[0, ""], [0, ""]]
+    out = folder / "ranks"
+    first, second = (
+        extras.read_sealed(out / name) for name in ("checkpoint.pt", "memory/state_003_rank1.pt")
+    )
+    assert same(first["student"], second["student"]), "one student"
+    assert same(first["student"], weights(out / "student.safetensors"))
+    assert first["bn_loss"]["average"][0][0].ne(second["bn_loss"]["average"][0][0]).any()
+    for epoch, images in enumerate((20, 20, 20, 20)):  # 2 batches of 20 an epoch, half for each
+        one, two = (
+            extras.read_sealed(out / "memory" / f"epoch_{epoch:03d}{suffix}.pt")["images"]
+            for suffix in ("", "_rank1")
+        )
+        assert len(one) == len(two) == images and not torch.equal(one, two)
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["ranks"] == 2 and summary["images_synthesized"] == 160
+    assert [row["images"] for row in rows(out / "log.csv")] == ["40", "80", "120", "160"]
+
+
+def test_a_rank_that_dies_ends_the_run_which_resumes_to_the_same_student(story):
+    folder, told = story
+    (code, error), (killed, _) = told["rank_dies"]
+    assert killed == -signal.SIGKILL and code == 1
+    assert len(error.strip().splitlines()) == 1 and "another process of this run has ended" in error
+    assert told["dies_resumed"] == [[0, ""], [0, ""]]
+    assert end_of(folder / "dies") == end_of(folder / "ranks")
+
+
+@pytest.mark.parametrize("kind", ["model", "checkpoint"])
+def test_500_damaged_files_give_nothing_but_the_clear_error(kind, straight, tmp_path):
+    source = straight[0] / "student.safetensors"
+    if kind == "checkpoint":  # a small one
+        source = tmp_path / "run" / "checkpoint.pt"
+        run(source.parent, "--label-input", "onehot", "--generator-width", "4", "--no-eval")
+    read = nayer.load_model if kind == "model" else extras.read_sealed
+    whole, path, chance = source.read_bytes(), tmp_path / "file", numpy.random.default_rng(0)
+    header = 4000  # half of the damage where the format is described
+    for trial in range(500):
+        damaged, end = bytearray(whole), header if trial % 4 < 2 else len(whole)
+        place = int(chance.integers(end))
+        if trial % 2:
+            del damaged[place:]
+        else:
+            damaged[place] ^= 1 << int(chance.integers(8))
+        path.write_bytes(damaged)
+        with pytest.raises(nayer.UserError, match="file is not an intact"):
+            read(path)
 
 
 # ---- Bad input ----------------------------------------------------------------------------------
@@ -806,8 +1111,10 @@ def test_a_wrong_command_line_ends_with_one_line_and_code_2(flags, words, capsys
     assert not list(tmp_path.iterdir())
 
 
-def make_bad_files(folder):
-    """Files that the cases below name."""
+@pytest.fixture(scope="module")
+def bad(tmp_path_factory):
+    """A folder with the files that the cases below name."""
+    folder = tmp_path_factory.mktemp("bad")
     whole = (HERE / "teachers" / "digits_wrn16_2.safetensors").read_bytes()
     (folder / "cut.safetensors").write_bytes(whole[:5000])
     (folder / "random.safetensors").write_bytes(bytes(range(256)) * 20)
@@ -817,20 +1124,73 @@ def make_bad_files(folder):
     plain = nn.Sequential(nn.Flatten(), nn.Linear(256, 10))
     info = nayer.load_model(HERE / "teachers" / "digits_wrn16_2.safetensors").info
     nayer.save_model(folder / "misfit.safetensors", plain, info)
-    vgg = nayer.build_model("alexnet", 10, 3, 64)
-    alex = info | dict(
-        architecture="alexnet", channels=3, image_size=64, mean=[0.5] * 3, std=[0.5] * 3
+    known = json.loads((HERE / "teachers" / "class_names.json").read_text())["cifar10"]
+    good = nayer.build_model("wrn10_1", 10, 1, 16)
+    about = info | dict(architecture="wrn10_1", class_names=known)
+    nayer.save_model(folder / "good.safetensors", good, about)
+    squeeze = nayer.build_model("squeezenet1_1", 10, 3, 64)
+    info |= dict(architecture="squeezenet1_1", channels=3, image_size=64)
+    nayer.save_model(
+        folder / "nonorm.safetensors", squeeze, info | dict(mean=[0.5] * 3, std=[1] * 3)
     )
-    nayer.save_model(folder / "nonorm.safetensors", vgg, alex)
     (folder / "names.txt").write_text("a\nb\n")
+    (folder / "twice.txt").write_text("".join(f"{k % 9}\n" for k in range(10)))
+    (folder / "bytes.txt").write_bytes(b"\xff\xfe\x00")
+    (folder / "ten.txt").write_text("".join(f"thing {k}\n" for k in range(10)))
     (folder / "file").write_text("in the way")
     (folder / "other").mkdir()
     torch.save({"format": 1}, folder / "other" / "checkpoint.pt")
+    (folder / "old").mkdir()
+    extras.write_sealed(folder / "old" / "checkpoint.pt", dict(format=1))
+    (folder / "odd").mkdir()
+    extras.write_sealed(folder / "odd" / "checkpoint.pt", dict(format=2))
+    (folder / "cache").mkdir()
+    args = nayer.parse_args(["--class-names", str(folder / "ten.txt")])
+    names = extras.read_class_names(args.class_names)
+    key = nayer.embedding_key(names, args.text_encoder, args.prompt)
+    (folder / "cache" / f"label_embeddings_{key}.safetensors").write_bytes(b"nothing")
+    (folder / "net.py").write_text(NETWORKS)
+    return folder
+
+
+NETWORKS = """
+import torch, torch.nn as nn
+from torchvision.models import mobilenet_v2
+
+def net(classes=10, channels=1, norms=3):
+    layers, before = [], channels
+    for after in (8, 12, 16)[:norms]:
+        layers += [nn.Conv2d(before, after, 3, padding=1), nn.BatchNorm2d(after), nn.ReLU()]
+        before = after
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(before, classes))
+
+def mobile():
+    return mobilenet_v2(num_classes=10)
+
+def maps():
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4))
+
+def two():
+    return net(classes=2)
+
+def nothing():
+    return 3
+
+def fails():
+    raise RuntimeError("weights are not here")
+
+def normless():
+    return nn.Sequential(nn.Flatten(), nn.Linear(256, 10))
+"""
+
+OWN = "--image-size 16 --mean 0.3 --std 0.3 --class-names {}/ten.txt --label-input onehot --teacher"
 
 
 @pytest.mark.parametrize("flags, words", [
     ("--student wrn17_1", "wrn17_1"),
     ("--student nothing", "nothing"),
+    ("--student {}/net.py:nothing", "int, not an nn.Module"),
+    ("--student {}/net.py:two", "2 outputs, the teacher 10"),
     ("--teacher nothing", "nothing"),
     ("--teacher wrn22_1", "teachers/train.py --dataset digits --model wrn22_1"),
     ("--teacher {}/missing.safetensors", "missing.safetensors"),
@@ -841,28 +1201,43 @@ def make_bad_files(folder):
     ("--teacher {}/misfit.safetensors", "misfit.safetensors"),
     ("--teacher {}/nonorm.safetensors --dataset folder --no-eval", "--alpha-bn 0"),
     ("--teacher {}/nonorm.safetensors --alpha-bn 0", "16"),
+    ("--teacher {}/net.py:net", "--image-size, --mean, --std, --class-names"),
+    (f"{OWN} {{}}/none.py:net", "no file"),
+    (f"{OWN} {{}}/net.py:absent", "absent"),
+    (f"{OWN} {{}}/net.py:fails", "weights are not here"),
+    (f"{OWN} {{}}/net.py:nothing", "int, not an nn.Module"),
+    (f"{OWN} {{}}/net.py:two", "10 class names, but"),
+    (f"{OWN} {{}}/net.py:mobile", "1 channels"),
+    (f"{OWN} {{}}/net.py:maps", "not logits (2, classes)"),
+    (f"{OWN} {{}}/net.py:normless", "--alpha-bn 0"),
     ("--image-size 32", "16 pixels"),
     ("--mean 0.5 0.5 0.5", "--mean"),
-    ("--class-names {}/names.txt", "2 names"),
+    ("--class-names {}/names.txt", "2 class names"),
+    ("--class-names {}/twice.txt", "twice"),
+    ("--class-names {}/bytes.txt", "bytes.txt"),
     ("--class-names {}/nowhere.txt", "nowhere.txt"),
+    ("--class-names {}/ten.txt --data-root {}/cache", "label_embeddings"),
     ("--text-encoder {}/other", "shipped"),
     ("--dataset folder --teacher {} --no-eval", "unknown network"),
     ("--dataset cifar100", "train.py --dataset cifar100 --model wrn40_2"),
+    ("--dataset folder --teacher {}/good.safetensors --data-root {}", "--no-eval"),
     ("--out {}/file/run", "file"),
     ("--out {}/other", "--resume"),
     ("--out {}/other --resume", "checkpoint"),
-    ("--generator-lr 1e30", "loss"),
-    ("--lr 1e30", "loss"),
+    ("--out {}/old --resume", "format 1"),
+    ("--out {}/odd --resume", "checkpoint"),
+    ("--generator-lr 1e30", "epoch 0, batch 0, step 1"),
+    ("--lr 1e30", "epoch 1, student step 1"),
 ])  # fmt: skip
-def test_what_is_found_wrong_later_ends_with_one_line_and_code_1(flags, words, tmp_path):
-    make_bad_files(tmp_path)
-    before = {path: path.read_bytes() for path in tmp_path.glob("**/*") if path.is_file()}
-    flags = [flag.replace("{}", str(tmp_path)) for flag in flags.split()]
+def test_what_is_found_wrong_later_ends_with_one_line_and_code_1(flags, words, bad, tmp_path):
+    before = {path: path.read_bytes() for path in bad.glob("**/*") if path.is_file()}
+    flags = [flag.replace("{}", str(bad)) for flag in flags.split()]
     if "--out" not in flags:
         flags += ["--out", str(tmp_path / "run")]
     code, error = complaint([*TINY, *flags])
     assert code == 1 and words in error and len(error.splitlines()) == 1, error
-    assert all(path.read_bytes() == content for path, content in before.items())
+    after = {path: path.read_bytes() for path in bad.glob("**/*") if path.is_file()}
+    assert {p: c for p, c in after.items() if "__pycache__" not in str(p)} == before
 
 
 def test_no_device_that_is_not_there(tmp_path):
@@ -883,6 +1258,30 @@ def test_a_checkpoint_is_never_overwritten_and_never_mixed(straight, tmp_path):
     assert (out / "checkpoint.pt").read_bytes() == before
 
 
+def test_more_epochs_are_allowed_until_the_learning_rate_falls(straight, tmp_path, monkeypatch):
+    save = nayer.Run.save
+
+    def save_then_stop(self, epoch, images):
+        save(self, epoch, images)
+        raise KeyboardInterrupt
+
+    for epoch, allowed in ((0, True), (1, False)):
+        out = tmp_path / str(epoch)
+        for _ in range(epoch + 1):
+            with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+                patch.setattr(nayer.Run, "save", save_then_stop)
+                run(out, "--no-eval", "--resume")
+        code, error = complaint(
+            [*TINY, "--out", str(out), "--no-eval", "--resume", "--epochs", "4"]
+        )
+        if allowed:
+            assert code == 0 and len(rows(out / "log.csv")) == 5
+        else:
+            assert code == 1 and "epochs 3 -> 4" in error and "cosine" in error
+    straight_through = run(tmp_path / "longer", "--no-eval", "--epochs", "4")
+    assert straight_through["epochs"] == 5 and end_of(tmp_path / "longer") == end_of(tmp_path / "0")
+
+
 def test_a_damaged_or_hostile_checkpoint_is_refused_and_runs_nothing(straight, tmp_path):
     class Payload:
         def __reduce__(self):
@@ -898,6 +1297,146 @@ def test_a_damaged_or_hostile_checkpoint_is_refused_and_runs_nothing(straight, t
         (out / "checkpoint.pt").write_bytes(whole[:cut])
         code, error = complaint([*TINY, "--out", str(out), "--resume"])
         assert code == 1 and "checkpoint.pt" in error and len(error.splitlines()) == 1
+
+
+# ---- Your own teacher ---------------------------------------------------------------------------
+
+OWN_NETWORKS = """
+import torch, torch.nn as nn
+from torchvision.models import mobilenet_v2, resnet18
+
+def net(classes, channels):
+    layers, before = [], channels
+    for after in (8, 12, 16):
+        layers += [nn.Conv2d(before, after, 3, padding=1), nn.BatchNorm2d(after), nn.ReLU()]
+        before = after
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(before, classes))
+
+def two(): return net(2, 1)
+def wrapped(): return nn.DataParallel(net(37, 3).train())
+def half(): return net(37, 3).half()
+def brain(): return net(37, 3).to(torch.bfloat16)
+def mobile(): return mobilenet_v2(num_classes=37)
+def large(): return resnet18(num_classes=1000)
+def student(): return net(37, 3)
+"""
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("own")
+    (folder / "my.py").write_text(OWN_NETWORKS)
+    for count in (2, 37, 1000):
+        (folder / f"{count}.txt").write_text("".join(f"kind {k}\n" for k in range(count)))
+    return folder
+
+
+@pytest.mark.parametrize("function, classes, channels, size, batch, student", [
+    ("two", 2, 1, 28, 20, "wrn10_1"),
+    ("wrapped", 37, 3, 16, 20, "resnet18"),  # fewer images in a batch than classes
+    ("half", 37, 3, 16, 80, "{}/my.py:student"),
+    ("brain", 37, 3, 16, 80, "wrn10_1"),
+    ("mobile", 37, 3, 64, 20, "wrn10_1"),
+    ("large", 1000, 3, 224, 3, "wrn10_1"),
+])  # fmt: skip
+def test_a_teacher_from_a_file(function, classes, channels, size, batch, student, own, tmp_path):
+    student, names = student.replace("{}", str(own)), own / f"{classes}.txt"
+    summary = nayer.main(shlex.split(
+        f"--teacher {own}/my.py:{function} --class-names {names} --image-size {size} --no-eval "
+        f"--mean {'0.5 ' * channels} --std {'0.5 ' * channels} --label-input onehot "
+        f"--student {student} --out {tmp_path / 'run'} --synthesis-batch {batch} "
+        "--warmup-epochs 1 --warmup-batches 1 --epochs 1 --batches 1 --generator-steps 2 "
+        "--generator-width 8 --student-steps 2 --student-batch 4"
+    ))  # fmt: skip
+    assert summary["dataset"] == "folder" and summary["student_accuracy"] is None
+    assert 0 <= summary["agree"] <= 1
+    log = rows(tmp_path / "run" / "log.csv")
+    assert log[0]["agree"] == "" and float(log[1]["agree"]) == summary["agree"]
+    path = tmp_path / "run" / "student.safetensors"
+    if ".py:" in student:
+        with pytest.raises(nayer.UserError, match="to load_model, too"):
+            nayer.load_model(path)
+        network = extras.network_from_file(student)
+        loaded = nayer.load_model(path, network)
+    else:
+        loaded = nayer.load_model(path)
+    assert loaded.info["class_names"] == names.read_text().split("\n")[:-1]
+    assert loaded(torch.zeros(1, channels, size, size)).shape == (1, classes)
+
+
+def test_agreement_counts_equal_answers():
+    torch.manual_seed(0)
+    teacher, student = nn.Flatten(), nn.Sequential(nn.Flatten(), nn.Linear(4, 4))
+    images = torch.randint(256, (1100, 1, 2, 2), dtype=torch.uint8)
+    augment = nayer.Augment([0.5], [0.5], 0, False)
+    views = (images / 255 - 0.5) / 0.5
+    expected = (teacher(views).argmax(1) == student(views).argmax(1)).float().mean().item()
+    found = nayer.agreement(teacher, student, images, augment, PLAIN)
+    assert 0 < expected < 1 and found == pytest.approx(expected)
+
+
+def test_diversity_is_the_mean_distance_within_a_class():
+    teacher = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))  # its features: the pixels
+    augment = nayer.Augment([0.0], [1 / 255], 0, False)
+    images = torch.tensor([[0, 0, 0, 0], [3, 4, 0, 0], [9, 9, 9, 9], [0, 0, 6, 8]]).byte()
+    images, labels = images.view(4, 1, 2, 2), torch.tensor([0, 0, 1, 0])
+    expected = (5 + 10 + math.sqrt(9 + 16 + 36 + 64)) / 3
+    found = extras.class_diversity(teacher, images, labels, augment, PLAIN)
+    assert found == pytest.approx(expected, rel=1e-4)
+    assert extras.class_diversity(teacher, images[2:3], labels[2:3], augment, PLAIN) is None
+
+
+def test_the_bank_never_takes_more_than_half_of_the_memory(monkeypatch, capsys):
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(os, "sysconf", lambda name: {"SC_PAGE_SIZE": 4096}.get(name, 73500))
+    # 301 MB of memory, images of 3 x 224 x 224 bytes: 1,000 of them in half of it
+    assert extras.bank_capacity(900, None, 3, 224, cpu) == 900 and not capsys.readouterr().out
+    assert extras.bank_capacity(5000, None, 3, 224, cpu) == 1000
+    assert "5000 images take 0.8 GB, and 1000 fit" in capsys.readouterr().out
+    assert extras.bank_capacity(5000, 700, 3, 224, cpu) == 700
+    with pytest.raises(nayer.UserError, match="--bank-size 2000 .* 1000 fit"):
+        extras.bank_capacity(5000, 2000, 3, 224, cpu)
+
+
+def test_running_out_of_memory_names_the_flag_to_lower(tmp_path, monkeypatch):
+    def full(*args):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    for function, flag in (
+        ("distillation_loss", "--student-batch"),
+        ("class_sets", "--synthesis-batch"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(nayer, function, full)
+            code, error = complaint([*TINY, "--out", str(tmp_path / flag)])
+        assert code == 1 and flag in error and len(error.splitlines()) == 1
+
+
+def test_a_teacher_made_from_a_folder_of_photographs_teaches_without_them(tmp_path):
+    archives = {part: DATA / f"cifar10_jpeg_{part}.zip" for part in ("train", "test")}
+    if not all(path.exists() for path in archives.values()):
+        pytest.skip("cifar10_jpeg_train.zip is not here")
+    for part, path in archives.items():
+        with zipfile.ZipFile(path) as archive:
+            for name in ("airplane", "automobile", "frog"):
+                names = [n for n in archive.namelist() if f"/{name}/" in n and n.endswith("jpg")]
+                for n in sorted(names)[: 300 if part == "train" else 80]:
+                    target = tmp_path / part / name / Path(n).name
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    target.write_bytes(archive.read(n))
+    place = ["--dataset", "folder", "--data-root", tmp_path]
+    teacher = tmp_path / "teacher.safetensors"
+    flags = "--model wrn10_1 --image-size 16 --epochs 10 --batch 32".split()
+    train(*place, *flags, "--out", teacher)
+    flags = (
+        "--student wrn10_1 --label-input onehot --warmup-epochs 1 --warmup-batches 2 --epochs 4 "
+        "--batches 1 --synthesis-batch 60 --generator-steps 12 --generator-width 16 "
+        "--student-steps 20 --student-batch 64 --alpha-adv 0.2 --alpha-bn 3"
+    ).split()
+    summary = nayer.main(
+        [*map(str, place), *flags, "--teacher", str(teacher), "--out", str(tmp_path / "run")]
+    )
+    assert summary["teacher_accuracy"] > 0.7 and summary["student_accuracy"] > 0.5  # chance: 1/3
 
 
 # ---- Folders of images, and teachers trained on them --------------------------------------------
@@ -951,6 +1490,12 @@ def test_a_folder_trains_a_teacher_that_distils(folder, tmp_path, monkeypatch, c
     monkeypatch.setattr(extras, "write_atomically", write)
     train(*flags, "--out", tmp_path / "u.safetensors", "--resume")
     assert same(weights(tmp_path / "t.safetensors"), weights(tmp_path / "u.safetensors"))
+    again = [*flags[:-4], "--epochs", 2, "--batch", 12, "--init", tmp_path / "t.safetensors"]
+    train(*again, "--out", tmp_path / "v.safetensors")
+    further = nayer.load_model(tmp_path / "v.safetensors").info
+    assert further["mean"] == teacher.info["mean"] and further["accuracy"] > 0.7
+    with pytest.raises(nayer.UserError, match="not a wrn10_2"):
+        train(*[f if f != "wrn10_1" else "wrn10_2" for f in again], "--out", tmp_path / "w")
     teacher = ["--teacher", str(tmp_path / "t.safetensors"), "--label-input", "onehot"]
     place = ["--dataset", "folder", "--data-root", str(folder)]
     summary = run(tmp_path / "run", *teacher, *place)
