@@ -1,0 +1,209 @@
+"""Speed measurements: `python results/speed.py compare | profile | size`, from the project's root.
+
+compare  nayer.py, with and without bf16, and a plain loop in the way of the authors, in turns
+profile  where the time of both half-steps goes, by torch.profiler
+size     cost against batch size and bank size
+
+CIFAR-10 shapes: wrn40_2 to wrn16_2, 400 images a generator step, 512 a student step. The plain loop
+is written for this comparison: float32, a list of linear layers for Z, L_BN from composed
+operations, a teacher that is not frozen, the memory as PNG files behind a DataLoader, a line
+printed at every step.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import nayer  # noqa: E402
+
+MEAN, STD = [0.4914, 0.4822, 0.4465], [0.2023, 0.1994, 0.2010]
+STEPS = 3  # timed steps of each kind, after one that is not
+
+
+class PlainNoisyLayers(nn.Module):
+    def __init__(self, embedding_size, count):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(embedding_size)
+        self.layers = nn.ModuleList(nn.Linear(embedding_size, 1000) for _ in range(count))
+
+    def forward(self, inputs):
+        sets = self.norm(inputs).chunk(len(self.layers))
+        return torch.cat([layer(rows) for layer, rows in zip(self.layers, sets)])
+
+
+class StatisticsHook:
+    def __init__(self, module):
+        self.average = None
+        module.register_forward_hook(self.read)
+
+    def read(self, module, inputs, output):
+        x = inputs[0]
+        mean = x.mean((0, 2, 3))
+        var = x.permute(1, 0, 2, 3).reshape(x.shape[1], -1).var(1, unbiased=False)
+        self.value = (module.running_mean - mean).norm() + (module.running_var - var).norm()
+
+
+class Pictures(Dataset):
+    def __init__(self, folder):
+        self.files = sorted(folder.glob("*.png"))
+        crop = [v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip()]
+        scale = [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
+        self.transform = v2.Compose([*crop, *scale])
+
+    def __len__(self):
+        return 512 * (STEPS + 1)
+
+    def __getitem__(self, index):
+        return self.transform(Image.open(self.files[index % len(self.files)]).convert("RGB"))
+
+
+def plain_loop():
+    """(seconds per generator step, seconds per student step)"""
+    torch.manual_seed(0)
+    teacher = nayer.load_model(ROOT / "teachers/cifar10_wrn40_2.safetensors").requires_grad_(True)
+    student, generator = nayer.build_model("wrn16_2", 10), nayer.Generator(1000, 3, 32)
+    hooks = [StatisticsHook(m) for m in teacher.modules() if isinstance(m, nn.BatchNorm2d)]
+    noisy, labels = PlainNoisyLayers(384, 40), torch.arange(10).repeat(40)
+    embeddings = torch.randn(10, 384)
+    optimizer = torch.optim.Adam([*generator.parameters(), *noisy.parameters()], 4e-3, (0.5, 0.999))
+    augment = v2.Compose([v2.RandomCrop(32, padding=4), v2.Normalize(MEAN, STD)])
+    student.eval()
+    for step in range(STEPS + 1):
+        if step == 1:  # the first one is not timed
+            start = time.perf_counter()
+        images = generator(noisy(embeddings[labels]))
+        views = augment(images)
+        answers, student_answers = teacher(views), student(views)
+        loss_bn = sum(hook.value for hook in hooks)
+        loss_ce = F.cross_entropy(answers, labels)
+        loss_adv = nayer.adversarial_loss(student_answers, answers)
+        loss = 0.5 * loss_ce + 10 * loss_bn + 1.33 * loss_adv
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        print(step, loss_ce.item(), loss_bn.item(), loss_adv.item(), file=sys.stderr)
+    generator_step = (time.perf_counter() - start) / STEPS
+    with tempfile.TemporaryDirectory() as folder:
+        for k, image in enumerate((images.detach() * 255).byte().permute(0, 2, 3, 1).numpy()):
+            Image.fromarray(image).save(Path(folder) / f"{k}.png")
+        loader = DataLoader(Pictures(Path(folder)), batch_size=512, shuffle=True, num_workers=4)
+        optimizer = torch.optim.SGD(student.parameters(), 0.2, 0.9, weight_decay=1e-4)
+        student.train()
+        for step, views in enumerate(loader):
+            if step == 1:
+                start = time.perf_counter()
+            with torch.no_grad():
+                answers = teacher(views)
+            loss = nayer.distillation_loss(student(views), answers, 20)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            print(step, loss.item(), file=sys.stderr)
+        student_step = (time.perf_counter() - start) / STEPS
+    return generator_step, student_step
+
+
+def shipped(*flags):
+    """Likewise of nayer.py, as log.csv has it: every step counts, the first too."""
+    with tempfile.TemporaryDirectory() as out:
+        command = "nayer.py --dataset cifar10 --epochs 1 --warmup-epochs 0 --batches 1 --no-eval"
+        command += f" --generator-steps {STEPS + 1} --student-steps {STEPS + 1} --out {out}/run"
+        subprocess.run([sys.executable, *command.split(), *flags], cwd=ROOT, check=True, stdout=-3)
+        summary = json.loads((Path(out) / "run" / "summary.json").read_text())
+    return summary["seconds_per_generator_step"], summary["seconds_per_student_step"]
+
+
+def compare(rounds=3):
+    kinds = {"plain": None, "nayer.py --no-amp": ["--no-amp"], "nayer.py": []}
+    found = {kind: [] for kind in kinds}
+    for _ in range(rounds):  # in turns, so that all meet the same machine
+        for kind, flags in kinds.items():
+            if flags is None:
+                command = [sys.executable, __file__, "plain"]
+                text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+                found[kind].append(tuple(map(float, text.split())))
+            else:
+                found[kind].append(shipped(*flags))
+            print(kind, *(f"{value:.3f}" for value in found[kind][-1]), flush=True)
+    print("\n| | generator step (400), s | ratio | student step (512), s | ratio |")
+    print("|---|---|---|---|---|")
+    for kind, pairs in found.items():
+        cells = [kind]
+        for column in (0, 1):
+            values = [pair[column] for pair in pairs]
+            ratios = [plain[column] / pair[column] for plain, pair in zip(found["plain"], pairs)]
+            cells.append(f"{statistics.median(values):.2f} ({min(values):.2f}-{max(values):.2f})")
+            cells.append(f"{statistics.median(ratios):.1f} ({min(ratios):.1f}-{max(ratios):.1f})")
+        print(f"| {' | '.join(cells)} |")
+
+
+def parts(synthesis_batch=400, bank_size=2000):
+    """The two half-steps of nayer.py, ready to be called with a number of steps."""
+    args = f"--dataset cifar10 --no-eval --out none --synthesis-batch {synthesis_batch}"
+    run = nayer.Run(nayer.parse_args(args.split()))
+    labels = nayer.class_sets(10, synthesis_batch, run.device)
+    inputs = nayer.generator_inputs(labels, run.embeddings)
+    memory = nayer.MemoryBank(bank_size, 3, 32, run.device)
+    memory.add(torch.randint(256, memory.images.shape, dtype=torch.uint8, device=run.device))
+
+    def synthesis(steps):
+        return nayer.synthesize(
+            run.generator, run.noisy_layer, inputs, labels, run.teacher, run.student, run.bn_loss,
+            run.augment, run.autocast, steps=steps, lr=4e-3, alpha_ce=0.5, alpha_bn=10.0,
+            alpha_adv=1.33,
+        )[1].sum().item()  # fmt: skip
+
+    def distillation(steps, batch=512):
+        return nayer.distill(
+            run.teacher, run.student, memory, run.optimizer, run.augment, run.autocast,
+            steps=steps, batch=batch, temperature=20.0,
+        ).sum().item()  # fmt: skip
+
+    return synthesis, distillation
+
+
+def profile():
+    for name, step in zip(("synthesize", "distill"), parts()):
+        step(1)
+        with torch.profiler.profile() as record:
+            step(STEPS)
+        print(f"{name}, {STEPS} steps\n")
+        print(record.key_averages().table(sort_by="self_cpu_time_total", row_limit=14))
+
+
+def size():
+    def seconds(step, *more):
+        step(1, *more)
+        start = time.perf_counter()
+        step(STEPS, *more)
+        return (time.perf_counter() - start) / STEPS
+
+    for batch in (200, 400):
+        print(f"generator step, batch {batch}: {seconds(parts(batch)[0]):.3f} s")
+    for bank in (10_000, 100_000):
+        step = parts(bank_size=bank)[1]
+        for batch in (256, 512):
+            print(f"student step, batch {batch}, bank {bank}: {seconds(step, batch):.3f} s")
+
+
+if __name__ == "__main__":
+    action = sys.argv[1] if len(sys.argv) == 2 else ""
+    if action == "plain":
+        print(*plain_loop())
+    elif action in ("compare", "profile", "size"):
+        globals()[action]()
+    else:
+        sys.exit(__doc__)
