@@ -154,7 +154,7 @@ def set_determinism(wanted):
     """The same bits on every run on CUDA, too, or the fastest kernels that a trial finds."""
     if wanted:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for
-    torch.use_deterministic_algorithms(wanted)
+        torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = not wanted
 
 
