@@ -147,7 +147,8 @@ def pick_device(name):
             raise UserError(f"{torch.cuda.device_count()} GPUs here: lower --nproc-per-node to it")
         torch.cuda.set_device(local)
         return torch.device(name, local), torch.cuda.get_device_capability() >= (8, 0)  # Ampere
-    return torch.device(name), name == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)  # not in torch 2.4
+    return torch.device(name), name == "cpu" and bf16()
 
 
 def set_determinism(wanted):
@@ -446,7 +447,8 @@ def cifar(dataset, root, train):
         return kind(root, train=train, download=True, transform=v2.PILToTensor())
     except (OSError, RuntimeError) as error:
         place = root / kind.base_folder
-        raise FileNotFoundError(f"no {place}, and no download: unpack it there") from error
+        text = f"{place} is missing or damaged, and there is no download: unpack it there"
+        raise FileNotFoundError(text) from error
 
 
 def tiny_imagenet(root, part, channels=3, image_size=64):

@@ -13,7 +13,7 @@ layers; a student S learns from T on those images. Earlier methods feed G random
 it the label-text embedding (LTE) of the class name, which is constant, and puts the randomness into
 a noisy layer Z between the two, drawn anew for every batch:  x = G(Z(e_y)).
 
-    python nayer.py                            digits on a laptop's CPU, no download, 33 s
+    python nayer.py                            digits on a laptop's CPU, no download, 37 s
     python nayer.py --dataset cifar10          the published job, for a GPU
     python nayer.py --teacher file.py:load     your own network, and no data (see README.md)
     python nayer.py --help                     every flag and its default

@@ -598,11 +598,14 @@ def test_every_readme_command_is_accepted():
     sys.path.insert(0, str(HERE / "teachers"))
     import train
 
-    commands = readme_commands()
-    assert len(commands) > 4
-    for program, flags in commands:
-        flags = shlex.split(re.sub(r"\$\{?\w+\}?", "1", flags))
-        (nayer if program == "nayer.py" else train).parse_args(flags)
+    text = (HERE / "README.md").read_text()
+    variants = re.search(r"<<'VARIANTS'\n(.*?)\nVARIANTS", text, re.S).group(1).split("\n")
+    assert len(variants) == 12 and len(readme_commands()) > 4
+    for program, flags in readme_commands():
+        for variant in variants if "$flags" in flags else [""]:
+            line = re.sub(r"\$\{flags:-default\}", "x", flags).replace("$flags", variant)
+            line = shlex.split(re.sub(r"\$\{?\w+\}?", "1", line))
+            (nayer if program == "nayer.py" else train).parse_args(line)
 
 
 def readme_blocks():
@@ -1596,12 +1599,16 @@ def test_tiny_imagenet_is_read_from_its_official_tree(tmp_path):
     assert extras.stack(extras.tiny_imagenet(tmp_path, "train"))[1].tolist() == [1, 0]
 
 
-def test_cifar_that_is_not_there_says_where_it_belongs(tmp_path, monkeypatch):
-    from torchvision import datasets
+@pytest.mark.parametrize("damaged", [False, True])
+def test_cifar_that_is_not_there_says_where_it_belongs(damaged, tmp_path, monkeypatch):
+    from torchvision.datasets import cifar
 
-    def offline(self):
+    def offline(*args, **more):
         raise OSError("no network")
 
-    monkeypatch.setattr(datasets.CIFAR10, "download", offline)
-    with pytest.raises(FileNotFoundError, match="cifar-10-batches-py"):
+    monkeypatch.setattr(cifar, "download_and_extract_archive", offline)
+    if damaged:
+        (tmp_path / "cifar-10-batches-py").mkdir()
+        (tmp_path / "cifar-10-batches-py" / "test_batch").write_bytes(b"cut")
+    with pytest.raises(FileNotFoundError, match="cifar-10-batches-py is missing or damaged"):
         extras.test_batches("cifar10", tmp_path, None, 3, 32, torch.device("cpu"))
