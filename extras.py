@@ -159,6 +159,15 @@ def set_determinism(wanted):
     torch.backends.cudnn.benchmark = not wanted
 
 
+def compile_network(model):
+    """torch.compile, in place. T and S may share their code, and each is called with and without
+    gradients, in other modes and batch sizes: more kinds than the compiler keeps by default."""
+    import torch._dynamo
+
+    torch._dynamo.config.cache_size_limit = 64  # an older name of recompile_limit, known to both
+    model.compile()
+
+
 def bank_capacity(wanted, limit, channels, image_size, device):
     """How many images the bank is to hold: all `wanted`, but no more than --bank-size `limit`.
 

@@ -304,16 +304,18 @@ class BatchStatistics(torch.autograd.Function):
     """x (B, ch, H, W) -> mean and biased variance of each channel, float32 (ch,) even for bf16 x.
 
     [ours] Composed from var_mean, these two cost more time on a CPU than the teacher itself. Here
-    BatchNorm's own kernel reads x once, and the gradient is one multiply-add:
+    the first half of BatchNorm's own kernel reads x, and the gradient is one multiply-add:
         dL/dx = (dL/dmean + 2 (x - mean) dL/dvar) / n        n = B H W
     """
 
     @staticmethod
     def forward(ctx, x):
         n = x.numel() // x.shape[1]
-        mean, var, bias = torch.zeros(3, x.shape[1], device=x.device)
-        weight = torch.ones_like(mean)  # float32 parameters keep the statistics in float32
-        F.batch_norm(x, mean, var, weight, bias, True, 1.0)  # fills mean and (unbiased) var
+        mean, var = torch.zeros(2, x.shape[1], device=x.device)
+        if x.device.type == "mps" or torch.compiler.is_compiling():  # both lack the kernel
+            var, mean = torch.var_mean(x.float(), (0, 2, 3))
+        else:
+            torch.batch_norm_update_stats(x, mean, var, 1.0)  # sets both, var unbiased
         ctx.save_for_backward(x, mean)
         return mean, var * ((n - 1) / n)
 
@@ -768,7 +770,7 @@ class Run:
         for model in (self.teacher, self.student):
             model.to(self.device, memory_format=torch.channels_last)
             if args.compile:
-                model.compile()
+                extras.compile_network(model)
         self.learner = extras.data_parallel(self.student, self.ranks)  # S itself without torchrun
         # SGD without Nesterov; main() moves its learning rate, so there is no scheduler to save.
         weights = self.student.parameters()
@@ -788,7 +790,7 @@ class Run:
         self.noisy_layer.to(self.device)
         self.generator.to(self.device, memory_format=torch.channels_last)
         if args.compile:
-            self.generator.compile()
+            extras.compile_network(self.generator)
 
     def share(self, num_batches):
         """This rank's share of an epoch's synthesis: number of batches, images in each."""

@@ -277,6 +277,14 @@ def test_synthesis_lowers_its_loss_and_weights_the_terms():
     assert (losses[:, 1:3] == 0).all()
 
 
+def test_a_compiled_teacher_is_one_graph_and_gives_the_same_losses():
+    _, plain, _ = small_synthesis()
+    teacher = small_teacher()
+    teacher.compile(backend="eager", fullgraph=True)  # all but the generated code
+    _, compiled, _ = small_synthesis(teacher=teacher)
+    torch.testing.assert_close(compiled, plain, atol=1e-3, rtol=1e-3)
+
+
 def test_the_images_kept_are_those_of_the_best_step_without_augmentation(monkeypatch):
     seen, forward = [], nayer.Generator.forward
 
