@@ -19,6 +19,7 @@ import shlex
 import signal
 import sys
 import time
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -37,6 +38,7 @@ IMAGES = dict(
     tiny_imagenet=(64, 3, [0.5, 0.5, 0.5], [0.5, 0.5, 0.5]),
     folder=(None, 3, None, None),
 )
+SMALL = 64  # pixels: larger images are not kept in memory, but read when they are needed
 
 
 # ---- Errors, files, devices ---------------------------------------------------------------------
@@ -425,24 +427,27 @@ def digits(part):
     return list(zip(images, parts[part + 2].tolist()))
 
 
+def open_image(mode, path):
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            return image.convert(mode)
+    except (OSError, ValueError, SyntaxError) as error:
+        raise ValueError(f"unreadable image {path}: {error}") from error
+
+
 def image_folder(folder, channels, image_size):
     """torchvision's ImageFolder (a folder per class) of uint8 images (channels, size, size).
 
     Other sizes are resized and cropped in the middle; grayscale and palette images are converted.
     Raises ValueError for an unreadable image, FileNotFoundError for a missing or empty folder.
     """
-    from PIL import Image
     from torchvision import datasets
     from torchvision.transforms import v2
 
-    def read(path):
-        try:
-            with Image.open(path) as image:
-                return image.convert("L" if channels == 1 else "RGB")
-        except (OSError, ValueError, SyntaxError) as error:
-            raise ValueError(f"unreadable image {path}: {error}") from error
-
     fit = v2.Compose([v2.Resize(image_size), v2.CenterCrop(image_size), v2.PILToTensor()])
+    read = partial(open_image, "L" if channels == 1 else "RGB")
     return datasets.ImageFolder(folder, transform=fit, loader=read)
 
 
@@ -504,11 +509,29 @@ def stack(pairs):
     return torch.stack(images), torch.tensor(labels)
 
 
+class Stream:
+    """Batches (images uint8, labels) of a data set that is read anew for each pass over it.
+
+    Raises UserError for an unreadable image.
+    """
+
+    def __init__(self, pairs, batch, shuffle=False):
+        how = dict(shuffle=shuffle, num_workers=min(8, os.cpu_count() or 1))
+        self.loader = torch.utils.data.DataLoader(pairs, batch, **how)
+
+    def __iter__(self):
+        try:
+            yield from self.loader
+        except ValueError as error:  # a worker's, with its traceback; the last line says why
+            line = str(error).strip().splitlines()[-1]
+            raise UserError(line.removeprefix("ValueError: ")) from error
+
+
 def test_batches(dataset, root, class_names, channels, image_size, device):
-    """Batches (images uint8, labels): decoded once onto the device; streamed above 64 pixels."""
+    """Batches (images uint8, labels): decoded once onto the device; large images are streamed."""
     pairs = test_images(dataset, root, class_names, channels, image_size)
-    if image_size > 64:
-        return torch.utils.data.DataLoader(pairs, batch_size=100, num_workers=2)
+    if image_size > SMALL:
+        return Stream(pairs, 100)
     images, labels = stack(pairs)
     return list(zip(images.to(device).split(500), labels.to(device).split(500)))
 

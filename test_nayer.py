@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import pickle
 import re
 import shlex
 import signal
@@ -1594,7 +1595,23 @@ def test_folder_images_are_fitted_and_in_the_teachers_order(folder):
         images, labels = map(torch.cat, zip(*batches))
         assert images.shape == (36, channels, size, size) and images.dtype == torch.uint8
         assert labels.tolist() == [1] * 12 + [2] * 12 + [0] * 12
-    assert isinstance(batches, torch.utils.data.DataLoader)  # large images are streamed
+    assert isinstance(batches, extras.Stream)  # large images are read when they are needed
+
+
+def test_large_images_are_streamed_and_an_unreadable_one_is_named(folder, tmp_path, monkeypatch):
+    pickle.dumps(
+        extras.image_folder(folder / "train", 3, 72)
+    )  # as workers need it where not forked
+    monkeypatch.setattr(extras, "stack", None)  # nothing is kept
+    flags = ["--dataset", "folder", "--data-root", folder, "--model", "wrn10_1", "--batch", 12]
+    flags += ["--image-size", 72, "--epochs", 2, "--mean", *[0.4] * 3, "--std", *[0.3] * 3]
+    train(*flags, "--out", tmp_path / "t.safetensors")
+    assert nayer.load_model(tmp_path / "t.safetensors").info["image_size"] == 72
+    (folder / "test" / "red" / "01.png").write_bytes(b"no image")
+    place = ["--dataset", "folder", "--data-root", str(folder), "--label-input", "onehot"]
+    flags = [*place, "--teacher", str(tmp_path / "t.safetensors"), "--out", str(tmp_path / "run")]
+    code, error = complaint([*TINY, *flags])
+    assert code == 1 and "01.png" in error and len(error.splitlines()) == 1
 
 
 def test_tiny_imagenet_is_read_from_its_official_tree(tmp_path):

@@ -14,7 +14,8 @@ that model file (peak 0.1, images in full size from the start). The last command
 writes the embeddings of the class names in class_names.json to label_embeddings.safetensors, with
 each data set's prompt.
 
-Nothing else in the project reads a training image.
+Images of up to 64 pixels are decoded once and kept on the device, larger ones are streamed. Nothing
+else in the project reads a training image.
 """
 
 import argparse
@@ -67,23 +68,32 @@ def parse_args(argv=None):
     return args
 
 
-def load_images(args):
-    """((images uint8 (N, ch, H, W), labels (N,)) to train on, likewise to score on, names)."""
+def training_images(args):
+    """((image uint8 (ch, H, W), label) pairs to train on, class names)."""
     names, root = json.loads((HERE / "class_names.json").read_text()), args.data_root
     with extras.explained(f"cannot read {args.dataset} in {root}"):
         if args.dataset == "digits":
-            train, test = extras.digits(0), extras.digits(1)
+            pairs = extras.digits(0)
         elif args.dataset in ("cifar10", "cifar100"):
-            train, test = (extras.cifar(args.dataset, root, part) for part in (True, False))
+            pairs = extras.cifar(args.dataset, root, train=True)
         elif args.dataset == "tiny_imagenet":
-            train, test = (extras.tiny_imagenet(root, part) for part in ("train", "val"))
+            pairs = extras.tiny_imagenet(root, "train")
         else:
-            shape = (args.channels, args.image_size)
-            train, test = (extras.image_folder(root / part, *shape) for part in ("train", "test"))
-            if train.classes != test.classes:
-                raise ValueError("train/ and test/ do not hold the same classes")
-        classes = names.get(args.dataset) or train.classes
-        return extras.stack(train), extras.stack(test), classes
+            pairs = extras.image_folder(root / "train", args.channels, args.image_size)
+        return pairs, names.get(args.dataset) or pairs.classes
+
+
+def epoch_batches(data, batch):
+    """An epoch's batches (images uint8, labels) in a new order.
+
+    data: (images, labels) on the device, or pairs that are too large to keep, which are streamed.
+    """
+    if isinstance(data, tuple):
+        images, labels = data
+        for rows in torch.randperm(len(images), device=images.device).split(batch):
+            yield images[rows], labels[rows]
+    else:
+        yield from extras.Stream(data, batch, shuffle=True)
 
 
 def embed_labels(encoder):
@@ -108,21 +118,21 @@ def learning_rate(progress, args):
     return peak * (1 + math.cos(math.pi * (progress - 0.2) / 0.8)) / 2
 
 
-def train_epoch(model, optimizer, images, labels, augment, autocast, args, epoch, epochs):
-    """One pass over the images. Returns the mean loss and the side of the images that were used."""
+def train_epoch(model, optimizer, data, count, augment, autocast, args, epoch, epochs):
+    """One pass over the `count` images of `data`. Returns the mean loss, and the images' side."""
     model.train()
-    steps, total = max(1, len(images) // args.batch), torch.zeros((), device=images.device)
+    device = augment.mean.device
+    steps, total = max(1, count // args.batch), torch.zeros((), device=device)
     size, grow = args.image_size, args.epochs is not None and args.init is None
     side = size * min(8, 5 + 5 * epoch // epochs) // 8 if grow else size
-    order = torch.randperm(len(images), device=images.device)
-    for step, rows in zip(range(steps), order.split(args.batch)):
+    for step, (images, labels) in zip(range(steps), epoch_batches(data, args.batch)):
         optimizer.param_groups[0]["lr"] = learning_rate((epoch + step / steps) / epochs, args)
-        views = augment(images[rows].float() / 255)
+        views = augment(images.to(device).float() / 255)
         if side != size:
             views = F.interpolate(views, size=side, mode="bilinear", antialias=True)
         with autocast:
             logits = model(views.contiguous(memory_format=torch.channels_last))
-        loss = F.cross_entropy(logits.float(), labels[rows])
+        loss = F.cross_entropy(logits.float(), labels.to(device))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -137,18 +147,24 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     device, bf16 = extras.pick_device(args.device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
-    (images, labels), test, class_names = load_images(args)
+    pairs, class_names = training_images(args)
+    with extras.explained(f"cannot read {args.dataset} in {args.data_root}"):
+        shape = (args.channels, args.image_size)
+        test = extras.test_batches(args.dataset, args.data_root, class_names, *shape, device)
+        data = pairs
+        if args.image_size <= extras.SMALL:
+            data = tuple(tensor.to(device) for tensor in extras.stack(pairs))
     start = nayer.load_model(args.init) if args.init else None
     if start:  # its images were normalised in some way: go on with that
         args.mean, args.std = args.mean or start.info["mean"], args.std or start.info["std"]
     if args.mean is None or args.std is None:
-        scaled = images.float() / 255
+        if data is pairs:  # of large images, 2,000 will do
+            few = torch.utils.data.Subset(pairs, torch.randperm(len(pairs))[:2000].tolist())
+        scaled = (extras.stack(few) if data is pairs else data)[0].float() / 255
         args.mean = args.mean or scaled.mean((0, 2, 3)).tolist()
         args.std = args.std or scaled.std((0, 2, 3)).tolist()
     preset = nayer.parse_args(["--dataset", args.dataset])
     augment = nayer.Augment(args.mean, args.std, preset.crop_padding, preset.flip, device)
-    images, labels = images.to(device), labels.to(device)
-    test = list(zip(test[0].to(device).split(500), test[1].to(device).split(500)))
 
     model = nayer.build_model(args.model, len(class_names), args.channels, args.image_size)
     if start:
@@ -166,12 +182,12 @@ def main(argv=None):
             optimizer.load_state_dict(saved["optimizer"])
             torch.set_rng_state(saved["rng"].cpu())
             first = saved["epoch"] + 1
-    print(f"{args.model} on {args.dataset}: {len(images)} images, {device}, {epochs} epochs")
+    print(f"{args.model} on {args.dataset}: {len(pairs)} images, {device}, {epochs} epochs")
 
     for epoch in range(first, epochs):
         start = time.perf_counter()
         loss, side = train_epoch(
-            model, optimizer, images, labels, augment, autocast, args, epoch, epochs
+            model, optimizer, data, len(pairs), augment, autocast, args, epoch, epochs
         )
         score = nayer.accuracy(model, test, augment, autocast)
         took = f"{time.perf_counter() - start:6.1f} s"
