@@ -46,6 +46,7 @@ def draw(path, curves):
         mean = [statistics.fmean(values) for values in zip(*runs)]
         axes.plot(range(1, len(mean) + 1), mean, ".-", label=name)
     axes.set(xlabel="generator step within a batch", ylabel="L_CE", yscale="log")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=100)
