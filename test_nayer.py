@@ -1310,8 +1310,8 @@ def test_a_checkpoint_is_never_overwritten_and_never_mixed(straight, tmp_path):
     assert (out / "checkpoint.pt").read_bytes() == before
 
 
-def test_more_epochs_are_allowed_until_the_learning_rate_falls(straight, tmp_path, monkeypatch):
-    save = nayer.Run.save
+def test_more_epochs_are_allowed_until_the_learning_rate_falls(tmp_path, monkeypatch):
+    save, few = nayer.Run.save, ("--no-eval", "--warmup-batches", "1")
 
     def save_then_stop(self, epoch, images):
         save(self, epoch, images)
@@ -1322,15 +1322,13 @@ def test_more_epochs_are_allowed_until_the_learning_rate_falls(straight, tmp_pat
         for _ in range(epoch + 1):
             with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
                 patch.setattr(nayer.Run, "save", save_then_stop)
-                run(out, "--no-eval", "--resume")
-        code, error = complaint(
-            [*TINY, "--out", str(out), "--no-eval", "--resume", "--epochs", "4"]
-        )
+                run(out, *few, "--resume")
+        code, error = complaint([*TINY, *few, "--out", str(out), "--resume", "--epochs", "4"])
         if allowed:
             assert code == 0 and len(rows(out / "log.csv")) == 5
         else:
             assert code == 1 and "epochs 3 -> 4" in error and "cosine" in error
-    straight_through = run(tmp_path / "longer", "--no-eval", "--epochs", "4")
+    straight_through = run(tmp_path / "longer", *few, "--epochs", "4")
     assert straight_through["epochs"] == 5 and end_of(tmp_path / "longer") == end_of(tmp_path / "0")
 
 
