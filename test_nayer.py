@@ -9,6 +9,7 @@ import os
 import pickle
 import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -1594,6 +1595,20 @@ def test_folder_images_are_fitted_and_in_the_teachers_order(folder):
         assert images.shape == (36, channels, size, size) and images.dtype == torch.uint8
         assert labels.tolist() == [1] * 12 + [2] * 12 + [0] * 12
     assert isinstance(batches, extras.Stream)  # large images are read when they are needed
+
+
+@pytest.mark.parametrize("damage, words", [("gone", "same classes"), ("all", "unreadable")])
+def test_a_teacher_is_not_trained_on_a_bad_folder(damage, words, folder, tmp_path):
+    if damage == "gone":
+        shutil.rmtree(folder / "test" / "red")
+    else:
+        for path in (folder / "train" / "red").iterdir():
+            path.write_bytes(b"no image")
+    flags = ["--dataset", "folder", "--data-root", folder, "--model", "wrn10_1"]
+    for size in (16, 72):  # kept, and streamed; neither mean nor std is given
+        with pytest.raises(nayer.UserError, match=words):
+            train(*flags, "--image-size", size, "--epochs", 1, "--out", tmp_path / "t.safetensors")
+    assert not (tmp_path / "t.safetensors").exists()
 
 
 def test_large_images_are_streamed_and_an_unreadable_one_is_named(folder, tmp_path, monkeypatch):

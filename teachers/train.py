@@ -79,7 +79,10 @@ def training_images(args):
         elif args.dataset == "tiny_imagenet":
             pairs = extras.tiny_imagenet(root, "train")
         else:
-            pairs = extras.image_folder(root / "train", args.channels, args.image_size)
+            shape = (args.channels, args.image_size)
+            pairs, test = (extras.image_folder(root / part, *shape) for part in ("train", "test"))
+            if pairs.classes != test.classes:
+                raise ValueError("train/ and test/ do not hold the same classes")
         return pairs, names.get(args.dataset) or pairs.classes
 
 
@@ -94,6 +97,15 @@ def epoch_batches(data, batch):
             yield images[rows], labels[rows]
     else:
         yield from extras.Stream(data, batch, shuffle=True)
+
+
+def channel_statistics(data):
+    """(mean, std) per channel of images in [0, 1]; of streamed ones, 2,000 will do."""
+    if not isinstance(data, tuple):
+        few = torch.randperm(len(data))[:2000].tolist()
+        data = extras.stack(torch.utils.data.Subset(data, few))
+    scaled = data[0].float() / 255
+    return scaled.mean((0, 2, 3)).tolist(), scaled.std((0, 2, 3)).tolist()
 
 
 def embed_labels(encoder):
@@ -158,11 +170,9 @@ def main(argv=None):
     if start:  # its images were normalised in some way: go on with that
         args.mean, args.std = args.mean or start.info["mean"], args.std or start.info["std"]
     if args.mean is None or args.std is None:
-        if data is pairs:  # of large images, 2,000 will do
-            few = torch.utils.data.Subset(pairs, torch.randperm(len(pairs))[:2000].tolist())
-        scaled = (extras.stack(few) if data is pairs else data)[0].float() / 255
-        args.mean = args.mean or scaled.mean((0, 2, 3)).tolist()
-        args.std = args.std or scaled.std((0, 2, 3)).tolist()
+        with extras.explained(f"cannot read {args.dataset} in {args.data_root}"):
+            mean, std = channel_statistics(data)
+        args.mean, args.std = args.mean or mean, args.std or std
     preset = nayer.parse_args(["--dataset", args.dataset])
     augment = nayer.Augment(args.mean, args.std, preset.crop_padding, preset.flip, device)
 
