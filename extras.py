@@ -8,6 +8,7 @@ line that reads a real image. teachers/train.py uses it too.
 import argparse
 import contextlib
 import csv
+import ctypes
 import hashlib
 import importlib.util
 import io
@@ -89,6 +90,7 @@ def run_script(main):
         raise KeyboardInterrupt(signum)
 
     signal.signal(signal.SIGTERM, stop)
+    keep_freed_memory()
     rank = os.environ.get("RANK", "")  # set by torchrun
     name = Path(sys.argv[0]).name + (f": rank {rank}" if rank else "")
     try:
@@ -151,6 +153,14 @@ def pick_device(name):
         return torch.device(name, local), torch.cuda.get_device_capability() >= (8, 0)  # Ampere
     bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)  # not in torch 2.4
     return torch.device(name), name == "cpu" and bf16()
+
+
+def keep_freed_memory():
+    """Ask glibc not to hand large blocks back to the kernel as soon as they are freed: every step
+    needs the same ones again, and would get them anew, page by page."""
+    with contextlib.suppress(OSError, AttributeError):  # where there is no glibc
+        for parameter in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+            ctypes.CDLL("libc.so.6").mallopt(parameter, 2**31 - 1)
 
 
 def set_determinism(wanted):
@@ -327,7 +337,7 @@ class Checkpoint:
     epoch's state or the one before. Every rank writes its own; rank 0 begins when all have.
     """
 
-    FORMAT = 2
+    FORMAT = 3
 
     def __init__(self, out, settings, rank, device):
         self.out, self.settings, self.rank, self.device = out, settings, rank, device

@@ -173,10 +173,9 @@ def label_text_embeddings(class_names, encoder, prompt):
 
     disable_progress_bar()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # silent retries when offline
-    shipped = "digits, cifar10, cifar100, tiny_imagenet (default encoder, prompt and class names)"
-    with explained(
-        f"no text encoder {encoder} here or on the hub; embeddings are shipped for {shipped}"
-    ):
+    missing = f"no text encoder {encoder} here or on the hub; embeddings are shipped for digits, "
+    missing += "cifar10, cifar100, tiny_imagenet (default encoder, prompt and class names)"
+    with explained(missing):
         tokenizer = AutoTokenizer.from_pretrained(encoder, trust_remote_code=False)
         model = AutoModel.from_pretrained(encoder, use_safetensors=True, trust_remote_code=False)
     model.eval()
@@ -250,6 +249,19 @@ class NoisyLayer(nn.Module):
         return hidden.flatten(0, 1)[:B]  # (B, H)
 
 
+class UpsampleConv(nn.Conv2d):
+    """Doubles the maps (nearest pixel), then convolves: (B, ch, h, w) -> (B, out, 2h, 2w).
+
+    [ours] A 3x3 window of doubled pixels holds only 2x2 different ones. So the weights that meet
+    the same pixel are added up first, and a transposed convolution needs 4 products in place of 9.
+    """
+
+    def forward(self, maps):
+        kernel = F.avg_pool2d(F.pad(self.weight, [1] * 4), 2, 1, divisor_override=1)  # 3x3 -> 4x4
+        kernel = kernel.flip(2, 3).transpose(0, 1)  # a transposed convolution reads it backwards
+        return F.conv_transpose2d(maps, kernel, stride=2, padding=1)
+
+
 class Generator(nn.Module):
     """G: hidden (B, H) -> images (B, channels, image_size, image_size), float32 in [0, 1].
 
@@ -261,22 +273,19 @@ class Generator(nn.Module):
         super().__init__()
         f = width
         widths = [2 * f, 2 * f, f] if image_size <= 64 else [2 * f, 2 * f, f, f, f]
-        sizes = [math.ceil(image_size / 2**i) for i in reversed(range(len(widths)))]  # 8, 16, 32
-        self.shape = (widths[0], sizes[0], sizes[0])
+        start = math.ceil(image_size / 2 ** (len(widths) - 1))  # 8, to become 16 and 32
+        self.shape, self.image_size = (widths[0], start, start), image_size
         self.start = nn.Linear(hidden_size, math.prod(self.shape))
         layers = [nn.BatchNorm2d(widths[0])]
-        for before, after, size in zip(widths, widths[1:], sizes[1:]):
-            layers += [
-                nn.Upsample(size=size, mode="nearest"),
-                nn.Conv2d(before, after, 3, padding=1, bias=False),
-                nn.BatchNorm2d(after),
-                nn.LeakyReLU(0.2, inplace=True),
-            ]
+        for before, after in zip(widths, widths[1:]):
+            layers += [UpsampleConv(before, after, 3, padding=1, bias=False)]
+            layers += [nn.BatchNorm2d(after), nn.LeakyReLU(0.2, inplace=True)]
         self.layers = nn.Sequential(*layers, nn.Conv2d(f, channels, 3, padding=1))
 
     def forward(self, hidden):
         maps = self.start(hidden).view(-1, *self.shape)  # (B, H) -> (B, 2f, s/4, s/4)
-        return self.layers(maps.contiguous(memory_format=torch.channels_last)).float().sigmoid()
+        images = self.layers(maps.contiguous(memory_format=torch.channels_last)).float().sigmoid()
+        return images[:, :, : self.image_size, : self.image_size]  # doubled, 68 became 80
 
 
 def class_sets(num_classes, batch, device="cpu"):
@@ -598,18 +607,14 @@ def build_model(name, num_classes, channels=3, image_size=32):
     if match := re.fullmatch(r"wrn(\d+)_(\d+)", name):
         depth, width = map(int, match.groups())
         if depth < 10 or depth % 6 != 4 or width < 1:
-            raise UserError(
-                f"no Wide ResNet {name}: the depth is 10, 16, 22, ..., the width 1, 2, ..."
-            )
+            raise UserError(f"no Wide ResNet {name}: depth 10, 16, 22, ..., width 1, 2, ...")
         return WideResNet(depth, width, num_classes, channels)
     import torchvision.models as zoo  # not above: it takes a second, which Wide ResNets can save
 
     small = image_size <= 64
     name += "_bn" if small and re.fullmatch(r"vgg\d\d", name) else ""
     if name not in zoo.list_models(module=zoo):
-        raise UserError(
-            f"unknown network {name}: use wrn16_2, resnet18, vgg11, or a torchvision name"
-        )
+        raise UserError(f"unknown network {name}: use wrn16_2, resnet18, a torchvision name")
     model = zoo.get_model(name, weights=None, num_classes=num_classes)
     if small and isinstance(model, zoo.ResNet):
         model.conv1, model.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
@@ -620,9 +625,8 @@ def build_model(name, num_classes, channels=3, image_size=32):
         path, old = next(pair for pair in model.named_modules() if isinstance(pair[1], nn.Conv2d))
         shape = (channels, old.out_channels, old.kernel_size, old.stride, old.padding)
         parent, _, attribute = path.rpartition(".")
-        setattr(
-            model.get_submodule(parent), attribute, nn.Conv2d(*shape, bias=old.bias is not None)
-        )
+        new = nn.Conv2d(*shape, bias=old.bias is not None)
+        setattr(model.get_submodule(parent), attribute, new)
     return model
 
 
@@ -632,9 +636,7 @@ def save_model(path, model, info):
     info: architecture, class_names, channels, image_size, mean, std, and whatever else json can
     write and a reader would ask for: accuracy, trained_on, command.
     """
-    state = {
-        name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()
-    }
+    state = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
     metadata = info | dict(sha256=extras.fingerprint(info, state))
     metadata = {key: json.dumps(value) for key, value in metadata.items()}
     write_atomically(Path(path), lambda file: safetensors.torch.save_file(state, file, metadata))
@@ -670,9 +672,7 @@ def load_teacher(args):
     if not path.exists():
         build_model(name, 10)  # complains of an unknown name
         command = f"python teachers/train.py --dataset {args.dataset} --model {name}"
-        raise UserError(
-            f"no trained {name} for {args.dataset}: there is no {path}; make it with: {command}"
-        )
+        raise UserError(f"no trained {name} for {args.dataset} in {SHIPPED}; make it: {command}")
     return load_model(path)
 
 

@@ -222,13 +222,27 @@ def test_images_change_with_a_new_draw_and_only_with_it():
     assert not torch.equal(first[:5], first[5:])  # same classes, another matrix
 
 
+@pytest.mark.parametrize("height, width", [(1, 1), (2, 3), (8, 8)])
+def test_upsampling_convolution_is_upsampling_and_then_convolution(height, width):
+    torch.manual_seed(0)
+    layer = nayer.UpsampleConv(4, 6, 3, padding=1, bias=False).double()
+    maps = torch.randn(2, 4, height, width, dtype=torch.double, requires_grad=True)
+    doubled = maps.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    expected = F.conv2d(doubled, layer.weight, padding=1)
+    found, weights = layer(maps), torch.randn_like(expected)
+    torch.testing.assert_close(found, expected)
+    wanted = (maps, layer.weight)
+    gradients = [torch.autograd.grad((y * weights).sum(), wanted) for y in (found, expected)]
+    torch.testing.assert_close(*gradients)
+
+
 @pytest.mark.parametrize("size, ups", [(8, 2), (16, 2), (28, 2), (64, 2), (68, 4), (224, 4)])
 def test_generator_makes_images_of_the_asked_size(size, ups):
     generator = nayer.Generator(10, 3, size, width=2)
     images = generator(torch.randn(2, 10))
     assert images.shape == (2, 3, size, size) and images.dtype == torch.float32
     assert 0 <= images.min() and images.max() <= 1
-    assert sum(isinstance(m, nn.Upsample) for m in generator.modules()) == ups
+    assert sum(isinstance(m, nayer.UpsampleConv) for m in generator.modules()) == ups
     convolutions = [m for m in generator.modules() if isinstance(m, nn.Conv2d)]
     assert [c.bias is not None for c in convolutions] == [False] * ups + [True]
 
@@ -295,7 +309,7 @@ def test_the_images_kept_are_those_of_the_best_step_without_augmentation(monkeyp
         return seen[-1]
 
     monkeypatch.setattr(nayer.Generator, "forward", spy)
-    images, losses, _ = small_synthesis(steps=6, lr=0.5)  # so large that the last is not the best
+    images, losses, _ = small_synthesis(steps=6, lr=10.0)  # so large that an early one is best
     best = losses[:, 3].argmin().item()
     assert best != 5
     assert torch.equal(images, (seen[best].detach() * 255).round().byte())
@@ -1196,7 +1210,7 @@ def bad(tmp_path_factory):
     (folder / "old").mkdir()
     extras.write_sealed(folder / "old" / "checkpoint.pt", dict(format=1))
     (folder / "odd").mkdir()
-    extras.write_sealed(folder / "odd" / "checkpoint.pt", dict(format=2))
+    extras.write_sealed(folder / "odd" / "checkpoint.pt", dict(format=extras.Checkpoint.FORMAT))
     (folder / "cache").mkdir()
     args = nayer.parse_args(["--class-names", str(folder / "ten.txt")])
     names = extras.read_class_names(args.class_names)

@@ -23,14 +23,16 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import v2
+from torchvision import transforms
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import extras  # noqa: E402
 import nayer  # noqa: E402
 
 MEAN, STD = [0.4914, 0.4822, 0.4465], [0.2023, 0.1994, 0.2010]
 STEPS = 3  # timed steps of each kind, after one that is not
+PLAIN_STUDENT_STEPS = 10  # all timed: the loader's processes read ahead for 8
 
 
 class PlainNoisyLayers(nn.Module):
@@ -45,7 +47,18 @@ class PlainNoisyLayers(nn.Module):
 
 
 class PlainGenerator(nayer.Generator):
-    """The same layers, without the change to channels-last."""
+    """Up-sampling and convolution one after the other, and no change to channels-last."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        layers = []
+        for layer in self.layers:
+            if isinstance(layer, nayer.UpsampleConv):
+                sizes = (layer.in_channels, layer.out_channels, 3)
+                layers += [nn.Upsample(scale_factor=2), nn.Conv2d(*sizes, padding=1, bias=False)]
+            else:
+                layers.append(layer)
+        self.layers = nn.Sequential(*layers)
 
     def forward(self, hidden):
         return self.layers(self.start(hidden).view(-1, *self.shape)).sigmoid()
@@ -66,12 +79,12 @@ class StatisticsHook:
 class Pictures(Dataset):
     def __init__(self, folder):
         self.files = sorted(folder.glob("*.png"))
-        crop = [v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip()]
-        scale = [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
-        self.transform = v2.Compose([*crop, *scale])
+        crop = [transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip()]
+        scale = [transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
+        self.transform = transforms.Compose([*crop, *scale])
 
     def __len__(self):
-        return 512 * (STEPS + 1)
+        return 512 * PLAIN_STUDENT_STEPS
 
     def __getitem__(self, index):
         return self.transform(Image.open(self.files[index % len(self.files)]).convert("RGB"))
@@ -86,7 +99,9 @@ def plain_loop():
     noisy, labels = PlainNoisyLayers(384, 40), torch.arange(10).repeat(40)
     embeddings = torch.randn(10, 384)
     optimizer = torch.optim.Adam([*generator.parameters(), *noisy.parameters()], 4e-3, (0.5, 0.999))
-    augment = v2.Compose([v2.RandomCrop(32, padding=4), v2.Normalize(MEAN, STD)])
+    augment = transforms.Compose(
+        [transforms.RandomCrop(32, padding=4), transforms.Normalize(MEAN, STD)]
+    )
     student.eval()
     for step in range(STEPS + 1):
         if step == 1:  # the first one is not timed
@@ -109,9 +124,8 @@ def plain_loop():
         loader = DataLoader(Pictures(Path(folder)), batch_size=512, shuffle=True, num_workers=4)
         optimizer = torch.optim.SGD(student.parameters(), 0.2, 0.9, weight_decay=1e-4)
         student.train()
+        start = time.perf_counter()
         for step, views in enumerate(loader):
-            if step == 1:
-                start = time.perf_counter()
             with torch.no_grad():
                 answers = teacher(views)
             loss = nayer.distillation_loss(student(views), answers, 20)
@@ -119,7 +133,7 @@ def plain_loop():
             loss.backward()
             optimizer.step()
             print(step, loss.item(), file=sys.stderr)
-        student_step = (time.perf_counter() - start) / STEPS
+        student_step = (time.perf_counter() - start) / PLAIN_STUDENT_STEPS
     return generator_step, student_step
 
 
@@ -207,6 +221,8 @@ def size():
 
 
 if __name__ == "__main__":
+    if sys.argv[1:] != ["plain"]:
+        extras.keep_freed_memory()  # as nayer.py does when it runs as a program
     action = sys.argv[1] if len(sys.argv) == 2 else ""
     if action == "plain":
         print(*plain_loop())
