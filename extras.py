@@ -330,6 +330,19 @@ def read_sealed(path, device="cpu"):
         return torch.load(io.BytesIO(data[:-32]), map_location=device, weights_only=True)
 
 
+def random_state(device):
+    """Where the sequences of random numbers stand, of the CPU and of a GPU, for a checkpoint."""
+    state = dict(rng=torch.get_rng_state())
+    return state | dict(cuda_rng=torch.cuda.get_rng_state()) if device.type == "cuda" else state
+
+
+def restore_random_state(state, device):
+    """Go on from where `random_state` was taken, also if that was on another kind of device."""
+    torch.set_rng_state(state["rng"].cpu())
+    if device.type == "cuda" and "cuda_rng" in state:
+        torch.cuda.set_rng_state(state["cuda_rng"].cpu())
+
+
 class Checkpoint:
     """What --resume goes on from: checkpoint.pt, and memory/, the bank's images, a file an epoch.
 
@@ -372,9 +385,7 @@ class Checkpoint:
             if self.rank:
                 state = read_sealed(self.state_of_rank(state["epoch"]), self.device)
             self.shards, self.epoch = state["shards"], state["epoch"]
-            torch.set_rng_state(state["rng"].cpu())
-            if self.device.type == "cuda" and "cuda_rng" in state:
-                torch.cuda.set_rng_state(state["cuda_rng"].cpu())
+            restore_random_state(state, self.device)
         return state
 
     def compare(self, old, epoch, warmup_epochs):
@@ -405,9 +416,7 @@ class Checkpoint:
         gone = [shard for shard, end in zip(self.shards, ends) if end <= oldest]
         self.shards = self.shards[len(gone) :] + [(epoch, memory.added - len(images))]
         state |= dict(format=self.FORMAT, settings=self.settings, epoch=epoch, shards=self.shards)
-        state["rng"] = torch.get_rng_state()
-        if self.device.type == "cuda":
-            state["cuda_rng"] = torch.cuda.get_rng_state()
+        state |= random_state(self.device)
         if self.rank:
             write_sealed(self.state_of_rank(epoch), state)
         wait_for_all()

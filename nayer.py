@@ -13,7 +13,7 @@ layers; a student S learns from T on those images. Earlier methods feed G random
 it the label-text embedding (LTE) of the class name, which is constant, and puts the randomness into
 a noisy layer Z between the two, drawn anew for every batch:  x = G(Z(e_y)).
 
-    python nayer.py                            digits on a laptop's CPU, no download, 37 s
+    python nayer.py                            digits on a laptop's CPU, no download, 41 s
     python nayer.py --dataset cifar10          the published job, for a GPU
     python nayer.py --teacher file.py:load     your own network, and no data (see README.md)
     python nayer.py --help                     every flag and its default
@@ -285,7 +285,7 @@ class Generator(nn.Module):
     def forward(self, hidden):
         maps = self.start(hidden).view(-1, *self.shape)  # (B, H) -> (B, 2f, s/4, s/4)
         images = self.layers(maps.contiguous(memory_format=torch.channels_last)).float().sigmoid()
-        return images[:, :, : self.image_size, : self.image_size]  # doubled, 68 became 80
+        return images[:, :, : self.image_size, : self.image_size]  # doubling makes 80 of 68
 
 
 def class_sets(num_classes, batch, device="cpu"):

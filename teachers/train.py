@@ -190,7 +190,7 @@ def main(argv=None):
             saved = torch.load(checkpoint, map_location=device, weights_only=True)
             model.load_state_dict(saved["model"])
             optimizer.load_state_dict(saved["optimizer"])
-            torch.set_rng_state(saved["rng"].cpu())
+            extras.restore_random_state(saved, device)
             first = saved["epoch"] + 1
     print(f"{args.model} on {args.dataset}: {len(pairs)} images, {device}, {epochs} epochs")
 
@@ -204,7 +204,7 @@ def main(argv=None):
         line = f"epoch {epoch + 1:3d}  {side:3d} px  loss {loss:.4f}  test {score:7.2%}  {took}"
         print(line, flush=True)
         state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), epoch=epoch)
-        state["rng"] = torch.get_rng_state()
+        state |= extras.random_state(device)
         extras.write_atomically(checkpoint, lambda file, state=state: torch.save(state, file))
 
     model = model.half().float()  # stored in fp16, so that is what is scored
