@@ -1,8 +1,9 @@
-"""Speed measurements: `python results/speed.py compare | profile | size`, from the project's root.
+"""Speed: `python results/speed.py compare | profile | size | limit`, from the project's root.
 
 compare  nayer.py, with and without bf16, and a plain loop in the way of the authors, in turns
 profile  where the time of both half-steps goes, by torch.profiler
 size     cost against batch size and bank size
+limit    TFLOP/s of both half-steps, with and without --compile, and of a product of two matrices
 
 CIFAR-10 shapes: wrn40_2 to wrn16_2, 400 images a generator step, 512 a student step. The plain loop
 is written for this comparison: float32, PyTorch's usual memory layout, a list of linear layers for
@@ -23,6 +24,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -171,9 +173,9 @@ def compare(rounds=3):
         print(f"| {' | '.join(cells)} |")
 
 
-def parts(synthesis_batch=400, bank_size=2000):
+def parts(synthesis_batch=400, bank_size=2000, flags=""):
     """The two half-steps of nayer.py, ready to be called with a number of steps."""
-    args = f"--dataset cifar10 --no-eval --out none --synthesis-batch {synthesis_batch}"
+    args = f"--dataset cifar10 --no-eval --out none --synthesis-batch {synthesis_batch} {flags}"
     run = nayer.Run(nayer.parse_args(args.split()))
     labels = nayer.class_sets(10, synthesis_batch, run.device)
     inputs = nayer.generator_inputs(labels, run.embeddings)
@@ -205,13 +207,15 @@ def profile():
         print(record.key_averages().table(sort_by="self_cpu_time_total", row_limit=14))
 
 
-def size():
-    def seconds(step, *more):
-        step(1, *more)
-        start = time.perf_counter()
-        step(3, *more)
-        return (time.perf_counter() - start) / 3
+def seconds(step, *more):
+    """Of one step, after one that does not count."""
+    step(1, *more)
+    start = time.perf_counter()
+    step(3, *more)
+    return (time.perf_counter() - start) / 3
 
+
+def size():
     for batch in (200, 400):
         print(f"generator step, batch {batch}: {seconds(parts(batch)[0]):.3f} s")
     for bank in (10_000, 100_000):
@@ -220,13 +224,34 @@ def size():
             print(f"student step, batch {batch}, bank {bank}: {seconds(step, batch):.3f} s")
 
 
+def limit():
+    device = extras.pick_device("auto")[0]
+    matrix = torch.randn(4096, 4096, dtype=torch.bfloat16, device=device)
+    took = seconds(lambda times: [matrix @ matrix for _ in range(times)][0][0, 0].item())
+    print(f"matrix product: {2 * 4096**3 / took / 1e12:.3f} TFLOP/s in bf16")
+    work = []  # FLOP a step; one multiply-add is two
+    for flags in ("", "--compile"):
+        for index, step in enumerate(parts(flags=flags)):
+            start = time.perf_counter()
+            step(1)
+            first = time.perf_counter() - start
+            if not flags:
+                with FlopCounterMode(display=False) as counter:
+                    step(1)
+                work.append(counter.get_total_flops())
+            took = seconds(step)
+            name = f"{('synthesize', 'distill')[index]} {flags}"
+            speed = f"{work[index] / 1e12:.3f} TFLOP, {work[index] / took / 1e12:.3f} TFLOP/s"
+            print(f"{name:22} first step {first:.1f} s, then {took:.3f} s: {speed}", flush=True)
+
+
 if __name__ == "__main__":
     if sys.argv[1:] != ["plain"]:
         extras.keep_freed_memory()  # as nayer.py does when it runs as a program
     action = sys.argv[1] if len(sys.argv) == 2 else ""
     if action == "plain":
         print(*plain_loop())
-    elif action in ("compare", "profile", "size"):
+    elif action in ("compare", "profile", "size", "limit"):
         globals()[action]()
     else:
         sys.exit(__doc__)
