@@ -333,7 +333,9 @@ def read_sealed(path, device="cpu"):
 def random_state(device):
     """Where the sequences of random numbers stand, of the CPU and of a GPU, for a checkpoint."""
     state = dict(rng=torch.get_rng_state())
-    return state | dict(cuda_rng=torch.cuda.get_rng_state()) if device.type == "cuda" else state
+    if device.type == "cuda":
+        state["cuda_rng"] = torch.cuda.get_rng_state()
+    return state
 
 
 def restore_random_state(state, device):

@@ -320,10 +320,10 @@ class BatchStatistics(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
         n = x.numel() // x.shape[1]
-        mean, var = torch.zeros(2, x.shape[1], device=x.device)
         if x.device.type == "mps" or torch.compiler.is_compiling():  # both lack the kernel
             var, mean = torch.var_mean(x.float(), (0, 2, 3))
         else:
+            mean, var = torch.zeros(2, x.shape[1], device=x.device)
             torch.batch_norm_update_stats(x, mean, var, 1.0)  # sets both, var unbiased
         ctx.save_for_backward(x, mean)
         return mean, var * ((n - 1) / n)
@@ -614,7 +614,7 @@ def build_model(name, num_classes, channels=3, image_size=32):
     small = image_size <= 64
     name += "_bn" if small and re.fullmatch(r"vgg\d\d", name) else ""
     if name not in zoo.list_models(module=zoo):
-        raise UserError(f"unknown network {name}: use wrn16_2, resnet18, a torchvision name")
+        raise UserError(f"unknown network {name}: use wrn16_2, resnet18 or a torchvision name")
     model = zoo.get_model(name, weights=None, num_classes=num_classes)
     if small and isinstance(model, zoo.ResNet):
         model.conv1, model.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()

@@ -1648,9 +1648,7 @@ def test_a_teacher_is_not_trained_on_a_bad_folder(damage, words, folder, tmp_pat
 
 
 def test_large_images_are_streamed_and_an_unreadable_one_is_named(folder, tmp_path, monkeypatch):
-    pickle.dumps(
-        extras.image_folder(folder / "train", 3, 72)
-    )  # as workers need it where not forked
+    pickle.dumps(extras.image_folder(folder / "train", 3, 72))  # for workers that are not forked
     monkeypatch.setattr(extras, "stack", None)  # nothing is kept
     flags = ["--dataset", "folder", "--data-root", folder, "--model", "wrn10_1", "--batch", 12]
     flags += ["--image-size", 72, "--epochs", 2, "--mean", *[0.4] * 3, "--std", *[0.3] * 3]

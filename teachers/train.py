@@ -79,9 +79,10 @@ def training_images(args):
         elif args.dataset == "tiny_imagenet":
             pairs = extras.tiny_imagenet(root, "train")
         else:
-            shape = (args.channels, args.image_size)
-            pairs, test = (extras.image_folder(root / part, *shape) for part in ("train", "test"))
-            if pairs.classes != test.classes:
+            from torchvision.datasets.folder import find_classes
+
+            pairs = extras.image_folder(root / "train", args.channels, args.image_size)
+            if pairs.classes != find_classes(root / "test")[0]:
                 raise ValueError("train/ and test/ do not hold the same classes")
         return pairs, names.get(args.dataset) or pairs.classes
 
