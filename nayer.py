@@ -13,14 +13,10 @@ layers; a student S learns from T on those images. Earlier methods feed G random
 it the label-text embedding (LTE) of the class name, which is constant, and puts the randomness into
 a noisy layer Z between the two, drawn anew for every batch:  x = G(Z(e_y)).
 
-    python nayer.py                            digits on a laptop's CPU, no download, 41 s
+    python nayer.py                            digits on a laptop's CPU, no download
     python nayer.py --dataset cifar10          the published job, for a GPU
     python nayer.py --teacher file.py:load     your own network, and no data (see README.md)
     python nayer.py --help                     every flag and its default
-
-Read on in this order: the label-text embeddings, Z and G, the losses, the memory bank, then the two
-half-steps `synthesize` and `distill`, and `main`, which is the algorithm on one screen. What else a
-program needs (clear errors, test images, checkpoints, pictures, the log) is in extras.py.
 
     paper   meaning                                  in this file
     T, S    teacher (frozen), student                teacher, student
@@ -35,70 +31,82 @@ program needs (clear errors, test images, checkpoints, pictures, the log) is in 
     L_KD    distance of S's answers from T's         distillation_loss, --temperature (tau)
     B images in a batch, C classes, D embedding size, H hidden size, N noisy matrices
 
-Tags: [paper] stated in the paper, [code] only in the authors' code, [ours] our own decision.
-Paper: Tran et al., NAYER: Noisy Layer Data Generation for Efficient and Effective Data-free
-Knowledge Distillation, CVPR 2024, arXiv 2310.00258.
+Tags: [paper] stated in the paper, [code] only in the authors' code, [ours] our own decision. The
+algorithm is `main`, at the end. Paper: Tran et al., NAYER: Noisy Layer Data Generation for
+Efficient and Effective Data-free Knowledge Distillation, CVPR 2024, arXiv 2310.00258.
 """
-
+# fmt: off  (one blank line between definitions, none between methods: fewer screens to read)
 import argparse
-import hashlib
+import contextlib
+import ctypes
 import json
-import logging
 import math
+import os
+import random
 import re
+import runpy
 import shlex
+import signal
 import sys
-from functools import cached_property
+import time
+from functools import partial
 from pathlib import Path
 
 import safetensors.torch
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-
-import extras  # what is not the method
-from extras import UserError, explained, number, write_atomically
+from matplotlib.figure import Figure
+from torchvision import datasets, models, utils
+from torchvision.transforms import v2
+from tqdm import tqdm
 
 SHIPPED = Path(__file__).resolve().parent / "teachers"  # trained teachers, label embeddings
 TEXT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"  # the shipped embeddings are its
 NOISE_SIZE = 256  # numbers per image, for --label-input noise
+SMALL = 64  # pixels; larger images need a deeper generator [code], and stay on disk until needed
+IMAGES = dict(  # pixels, channels, mean and standard deviation per channel
+    digits=(16, 1, [0.3052], [0.3185]),
+    cifar10=(32, 3, [0.4914, 0.4822, 0.4465], [0.2023, 0.1994, 0.2010]),
+    cifar100=(32, 3, [0.5071, 0.4867, 0.4408], [0.2675, 0.2565, 0.2761]),
+    tiny_imagenet=(64, 3, [0.5, 0.5, 0.5], [0.5, 0.5, 0.5]),
+    folder=(None, 3, None, None),
+)
 
 # ---- Flags and presets --------------------------------------------------------------------------
-
+def number(kind, low, high=math.inf):
+    """An argparse type: a finite number of this kind in [low, high]."""
+    def parse(text):
+        if not low <= (value := kind(text)) <= high or value == math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {high}]")
+        return value
+    parse.__name__ = kind.__name__  # for argparse's own message where text is no number at all
+    return parse
 
 def parse_args(argv=None):
     """The command line -> a Namespace. A wrong one ends with one line on stderr and exit code 2.
-
     A tuple of defaults is a preset: for digits [ours: small, for a laptop; a weak L_adv keeps the
     images legible], cifar10, cifar100, tiny_imagenet [code: the authors' scripts; the defaults of
-    their parser differ and belong to no published result]. A folder is treated as cifar10.
-    """
+    their parser differ and belong to no published result]. A folder is treated as cifar10."""
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # which preset?
     early.add_argument("--dataset", nargs="?")
-    early.add_argument("--teacher", nargs="?", default="")
-    known = early.parse_known_args(argv)[0]
-    dataset = known.dataset or ("folder" if ".py:" in known.teacher else "digits")
-    column = dict(digits=0, cifar100=2, tiny_imagenet=3).get(dataset, 1)
-    parser = argparse.ArgumentParser(
-        prog="nayer.py",
-        description="Data-free knowledge distillation by noisy-layer generation (NAYER).",
-        epilog="Defaults are those of --dataset: name one before --help to see its own.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-    )
+    early.add_argument("--teacher", nargs="?")
+    known = early.parse_known_args(argv)[0]  # all other flags may still be wrong
+    dataset = known.dataset or ("folder" if ".py:" in (known.teacher or "") else "digits")
+    column = dict(digits=0, cifar100=2, tiny_imagenet=3).get(dataset, 1)  # of the presets
+    text, look = __doc__.split("\n")[0], argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser("nayer.py", None, text, None, [], look, allow_abbrev=False)
     parser.error = lambda message: parser.exit(2, f"nayer.py: error: {message}\n")
     count, positive, weight = number(int, 1), number(float, 1e-9), number(float, 0)
     switch = argparse.BooleanOptionalAction
-
     def add(flag, kind, default, text, **more):
-        default = default[column] if isinstance(default, tuple) else default
+        default = default[column] if isinstance(default, tuple) else default  # a preset's
         how = dict(action=kind) if kind in (switch, "store_true") else dict(type=kind)
         group.add_argument(flag, default=default, help=text, **how, **more)
-
-    # fmt: off
     group = parser.add_argument_group("run")
-    add("--dataset", str, dataset, "preset, and the images to score on", choices=extras.IMAGES)
-    add("--data-root", Path, Path("data"), "folder of the data sets and of computed embeddings")
+    add("--dataset", str, dataset, "preset, and the images to score on", choices=IMAGES)
+    add("--data-root", Path, Path("data"), "folder of the data sets, for scoring alone")
     add("--out", Path, None, "folder to write to (None: runs/<dataset>-<teacher>-<student>)")
     add("--seed", number(int, 0, 2**63 - 1), 0, "of all random numbers")
     add("--device", str, "auto", "auto: the first there is", choices=["auto", "cuda", "mps", "cpu"])
@@ -129,13 +137,14 @@ def parse_args(argv=None):
     add("--alpha-adv", weight, (0.2, 1.33, 1.33, 1.33), "weight of L_adv, off in the warm-up")
     add("--bn-momentum", number(float, 0, 1), 0.9, "share of the moving average in L_BN; 0: none")
     add("--label-input", str, "lte", "what Z reads", choices=["lte", "onehot", "noise"])
-    kinds = ["reinit", "fixed", "off"]
-    add("--noisy-layer", str, "reinit", "Z: drawn for each batch, once, or none", choices=kinds)
+    kinds = ["reinit", "fixed", "off"]  # Z drawn for each batch; once; no Z at all
+    add("--noisy-layer", str, "reinit", "drawn for each batch, once, or no Z at all", choices=kinds)
     add("--images-per-matrix", count, None, "that share a matrix of Z (None: one of each class)")
     add("--lte-norm", switch, True, "the BatchNorm between the LTE and Z")
     group = parser.add_argument_group("student")
     add("--student-steps", count, (36, 400, 400, 1000), "distillation steps per epoch")
     add("--student-batch", number(int, 2), (128, 512, 512, 256), "images in a distillation step")
+    add("--reuse", count, (1, 1, 1, 1), "times that S learns from an answer of T")
     add("--lr", positive, (0.2, 0.2, 0.2, 0.1), "of SGD (momentum 0.9), cosine over E to 2e-4")
     add("--temperature", positive, 20.0, "tau: softens the answers of T and S in L_KD")
     add("--bank-size", count, None, "most images kept, the oldest give way (None: all are kept)")
@@ -144,354 +153,243 @@ def parse_args(argv=None):
     group = parser.add_argument_group("speed")
     add("--amp", switch, None, "bf16 autocast (None: where the device is fast with it)")
     add("--compile", switch, False, "torch.compile for T, S and G")
-    add("--deterministic", switch, False, "the same bits on every run on CUDA, too; slower")
-    # fmt: on
     args = parser.parse_args(argv)
     if "{class}" not in args.prompt:
         parser.error(f"--prompt {args.prompt!r}: write {{class}} where the class name belongs")
     if args.image_size and args.image_size % 4:
         parser.error(f"--image-size {args.image_size} is not a multiple of 4")
-    name = f"{dataset}-{Path(args.teacher).stem}-{Path(args.student).stem}"
-    args.out = args.out or Path("runs") / name
+    pair = f"{Path(args.teacher).stem}-{Path(args.student).stem}"
+    args.out = args.out or Path(f"runs/{dataset}-{pair}")
     return args
 
-
 # ---- Label-text embeddings (LTE) ------------------------------------------------------------ e_y
-
-
 @torch.no_grad()
 def label_text_embeddings(class_names, encoder, prompt):
     """What a language model makes of the class names: (C, D) float32, in the order of the names.
-
     encoder: Hugging Face name or local folder. A model with `get_text_features` gives that (the
     paper's is the text tower of CLIP ViT-B/32, D = 512, not normalised [code]); any other gives the
-    mean of its last hidden states over the tokens [ours]. prompt: text with "{class}" in it.
-    Raises UserError if there is no such encoder. Reads safetensors only, runs no remote code.
-    """
-    from transformers import AutoModel, AutoTokenizer
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # silent retries when offline
-    missing = f"no text encoder {encoder} here or on the hub; embeddings are shipped for digits, "
-    missing += "cifar10, cifar100, tiny_imagenet (default encoder, prompt and class names)"
-    with explained(missing):
+    mean of its last hidden states over the tokens [ours]. prompt: text with "{class}" in it. Raises
+    UserError if there is no such encoder. Reads safetensors only, runs no remote code. The presets'
+    names, prompts and encoder are looked up in teachers/."""
+    shipped = SHIPPED / "label_embeddings.safetensors"
+    tensors, about = read_safetensors(shipped) if shipped.exists() else ({}, {})
+    for dataset, text in about.items():
+        if json.loads(text) == [encoder, prompt, class_names]:
+            return tensors[dataset].float()  # (C, D)
+    with explained(f"no text encoder {encoder} here or on the hub; see --text-encoder"):
+        from transformers import AutoModel, AutoTokenizer
         tokenizer = AutoTokenizer.from_pretrained(encoder, trust_remote_code=False)
         model = AutoModel.from_pretrained(encoder, use_safetensors=True, trust_remote_code=False)
-    model.eval()
     names = [re.sub("[_-]", " ", name) for name in class_names]  # [code]
     texts = [prompt.replace("{class}", name) for name in names]
     padding = "max_length" if model.config.model_type.startswith("siglip") else True  # as trained
     how = dict(truncation=True, return_tensors="pt", return_token_type_ids=False)
-    tokens = tokenizer(texts, padding=padding, **how)
+    tokens, model = tokenizer(texts, padding=padding, **how), model.eval()
     if hasattr(model, "get_text_features"):
         features = model.get_text_features(**tokens)
         return getattr(features, "pooler_output", features).float()  # transformers 5 wraps it
     hidden, mask = model(**tokens).last_hidden_state, tokens["attention_mask"][:, :, None]
     return ((hidden * mask).sum(1) / mask.sum(1)).float()  # (C, tokens, D) -> (C, D)
 
-
-def embedding_key(class_names, encoder, prompt):
-    """A hash of all three (of a local encoder, of its files): a change of any makes another key."""
-    if Path(encoder).is_dir():
-        files = sorted(file for file in Path(encoder).iterdir() if file.is_file())
-        encoder = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
-    key = json.dumps([encoder, prompt, list(class_names)])
-    return hashlib.sha256(key.encode()).hexdigest()[:16]
-
-
-def cached_embeddings(class_names, encoder, prompt, folder):
-    """label_text_embeddings, computed once: shipped, or kept in `folder` by an earlier run."""
-    # A file per key, so that runs side by side cannot spoil each other's entries.
-    key = embedding_key(class_names, encoder, prompt)
-    cache = folder / f"label_embeddings_{key}.safetensors"
-    for path in (SHIPPED / "label_embeddings.safetensors", cache):
-        if path.exists() and key in (entries := extras.read_safetensors(path)[0]):
-            return entries[key].float()
-    embeddings = label_text_embeddings(class_names, encoder, prompt)
-    write_atomically(cache, lambda file: safetensors.torch.save_file({key: embeddings}, file))
-    return embeddings
-
-
 # ---- Noisy layer and generator ---------------------------------------------------- x = G(Z(e_y))
-
-
 class NoisyLayer(nn.Module):
     """Z: inputs (B, D) -> hidden (B, H). BatchNorm1d, then N random matrices, re-drawn each batch.
-
     Row i goes through matrix i // images_per_matrix. One matrix serves one image of each class
     ("K-to-1", K = C) [paper]: inside such a set the images differ by their LTE, and two images of
-    one class differ by their matrix. Matrices are trained with G; only `reinitialize` draws them.
-    """
-
-    def __init__(
-        self, embedding_size, num_matrices, images_per_matrix, hidden_size=1000, norm=True
-    ):
+    one class differ by their matrix. Matrices are trained with G; `reinitialize` draws them."""
+    def __init__(self, embedding_size, num_matrices, images_per_matrix, hidden_size=1000):
         super().__init__()
         self.images_per_matrix = images_per_matrix
-        # Tells apart LTEs that lie close [paper].
-        self.norm = nn.BatchNorm1d(embedding_size) if norm else nn.Identity()
+        self.norm = nn.BatchNorm1d(embedding_size)  # tells apart LTEs that lie close [paper]
         # Not a list of nn.Linear: N matrices in one tensor are one product and one Adam update.
         self.weight = nn.Parameter(torch.empty(num_matrices, embedding_size, hidden_size))
         self.bias = nn.Parameter(torch.empty(num_matrices, 1, hidden_size))  # (N, 1, H)
         self.reinitialize()
-
     def reinitialize(self):
         """Draw all matrices from N(0, 1), not divided by the fan-in; bias 0; norm kept [code]."""
         nn.init.normal_(self.weight)
         nn.init.zeros_(self.bias)
-
     def forward(self, inputs):
-        B, D = inputs.shape
-        gap = len(self.weight) * self.images_per_matrix - B  # the last set may be incomplete
-        sets = F.pad(self.norm(inputs), (0, 0, 0, gap)).view(-1, self.images_per_matrix, D)
+        # torch.cat([rows @ W + b for rows, W, b in zip(sets, self.weight, self.bias)]), K rows a
+        # set, as one product: the last set is filled up with zeros, and cut back.
+        (B, D), K = inputs.shape, self.images_per_matrix
+        sets = F.pad(self.norm(inputs), (0, 0, 0, len(self.weight) * K - B)).view(-1, K, D)
         hidden = torch.baddbmm(self.bias, sets, self.weight)  # (N, K, D) @ (N, D, H) -> (N, K, H)
         return hidden.flatten(0, 1)[:B]  # (B, H)
 
-
 class UpsampleConv(nn.Conv2d):
     """Doubles the maps (nearest pixel), then convolves: (B, ch, h, w) -> (B, out, 2h, 2w).
-
     [ours] A 3x3 window of doubled pixels holds only 2x2 different ones. So the weights that meet
     the same pixel are added up first, and a transposed convolution needs 4 products in place of 9.
-    """
-
+    Without it a generator step takes 27 % longer (two Zen 3 cores, float32)."""
     def forward(self, maps):
         kernel = F.avg_pool2d(F.pad(self.weight, [1] * 4), 2, 1, divisor_override=1)  # 3x3 -> 4x4
         kernel = kernel.flip(2, 3).transpose(0, 1)  # a transposed convolution reads it backwards
         return F.conv_transpose2d(maps, kernel, stride=2, padding=1)
 
-
 class Generator(nn.Module):
     """G: hidden (B, H) -> images (B, channels, image_size, image_size), float32 in [0, 1].
-
     A linear layer makes a small map; up-sampling and 3x3 convolutions enlarge it, twice for images
-    of up to 64 pixels, four times for larger ones [code]. Stays in train mode for all its life.
-    """
-
+    of up to 64 pixels, four times for larger ones [code]. Stays in train mode for all its life."""
     def __init__(self, hidden_size, channels, image_size, width=64):
         super().__init__()
-        f = width
-        widths = [2 * f, 2 * f, f] if image_size <= 64 else [2 * f, 2 * f, f, f, f]
+        f, self.image_size = width, image_size
+        widths = [2 * f, 2 * f, f] + ([] if image_size <= SMALL else [f, f])
         start = math.ceil(image_size / 2 ** (len(widths) - 1))  # 8, to become 16 and 32
-        self.shape, self.image_size = (widths[0], start, start), image_size
-        self.start = nn.Linear(hidden_size, math.prod(self.shape))
-        layers = [nn.BatchNorm2d(widths[0])]
+        self.shape = (widths[0], start, start)
+        self.start = nn.Linear(hidden_size, math.prod(self.shape))  # H -> 2f (s/4)^2
+        layers = [nn.BatchNorm2d(widths[0])]  # then twice: up, conv, BN, LeakyReLU
         for before, after in zip(widths, widths[1:]):
             layers += [UpsampleConv(before, after, 3, padding=1, bias=False)]
             layers += [nn.BatchNorm2d(after), nn.LeakyReLU(0.2, inplace=True)]
         self.layers = nn.Sequential(*layers, nn.Conv2d(f, channels, 3, padding=1))
-
     def forward(self, hidden):
         maps = self.start(hidden).view(-1, *self.shape)  # (B, H) -> (B, 2f, s/4, s/4)
         images = self.layers(maps.contiguous(memory_format=torch.channels_last)).float().sigmoid()
         return images[:, :, : self.image_size, : self.image_size]  # doubling makes 80 of 68
 
-
 def class_sets(num_classes, batch, device="cpu"):
     """Labels (B,): sets of all C classes in order; a random subset, without repeats, at the end.
-
-    [ours] The authors' B is a multiple of C. With the subset any B and C will do, and no matrix
-    of Z ever serves two images of one class.
-    """
+    [ours] With the subset any B and C will do (the authors' B is a multiple of C), and no matrix of
+    Z ever serves two images of one class."""
     sets, rest = divmod(batch, num_classes)
-    in_order = torch.arange(num_classes, device=device).repeat(sets)
+    in_order = torch.arange(num_classes, device=device).repeat(sets)  # 0 .. C-1, 0 .. C-1, ...
     return torch.cat([in_order, torch.randperm(num_classes, device=device)[:rest]])
 
-
-def generator_inputs(labels, label_embeddings):
-    """What Z reads for labels (B,): their rows of label_embeddings (C, D); where D is 0, noise."""
-    if label_embeddings.shape[1] == 0:
-        return torch.randn(len(labels), NOISE_SIZE, device=labels.device)
-    return label_embeddings[labels]
-
-
 # ---- Losses --------------------------------------------------------------------------------------
-
-
 class BatchStatistics(torch.autograd.Function):
     """x (B, ch, H, W) -> mean and biased variance of each channel, float32 (ch,) even for bf16 x.
-
-    [ours] Composed from var_mean, these two cost more time on a CPU than the teacher itself. Here
-    the first half of BatchNorm's own kernel reads x, and the gradient is one multiply-add:
-        dL/dx = (dL/dmean + 2 (x - mean) dL/dvar) / n        n = B H W
-    """
-
+    [ours] Half of BatchNorm's own kernel reads x, and the gradient is one multiply-add, n = B H W:
+        dL/dx = (dL/dmean + 2 (x - mean) dL/dvar) / n
+    Composed from var_mean, a generator step takes 30 % longer (two Zen 3 cores, float32)."""
     @staticmethod
     def forward(ctx, x):
-        n = x.numel() // x.shape[1]
         if x.device.type == "mps" or torch.compiler.is_compiling():  # both lack the kernel
-            var, mean = torch.var_mean(x.float(), (0, 2, 3))
-        else:
-            mean, var = torch.zeros(2, x.shape[1], device=x.device)
-            torch.batch_norm_update_stats(x, mean, var, 1.0)  # sets both, var unbiased
+            var, mean = torch.var_mean(x.float(), (0, 2, 3), correction=0)
+        else:  # it wants two vectors to update; a share of 0 leaves them as they are
+            unused = torch.zeros(2, x.shape[1], device=x.device)
+            mean, var = torch.batch_norm_update_stats(x, *unused, 0.0)
         ctx.save_for_backward(x, mean)
-        return mean, var * ((n - 1) / n)
-
+        return mean, var
     @staticmethod
     def backward(ctx, grad_mean, grad_var):
         x, mean = ctx.saved_tensors
-        n = x.numel() // x.shape[1]
+        n = x.numel() // x.shape[1]  # pixels in a channel
         slope = 2 * grad_var / n
         offset = grad_mean / n - slope * mean
         offset, slope = (v.to(x.dtype).view(1, -1, 1, 1) for v in (offset, slope))
         return torch.addcmul(offset, x, slope)
 
-
 class BatchNormLoss:
     """L_BN = sum over T's BatchNorm2d layers of |mu_T - mu|_2 + |var_T - var|_2.
-
     mu and var are what the layers see in T's last forward pass, mixed with an average over earlier
-    batches: mu = momentum * mu_average + (1 - momentum) * mu_batch [code]. With momentum 0.9 the
+    batches: mu = m * mu_average + (1 - m) * mu_batch, the same for var [code]. With m = 0.9 the
     gradient is scaled by 0.1; without that, L_BN drowns the class term. The average outlives the
     generator. Hooks read the layers' inputs, and only while gradients are recorded, so that they
-    cost nothing while the student learns.
-
-    .value     the loss of the last forward pass, a scalar, float32
-    .update()  moves the average, once per batch; the first call sets it
-    .close()   removes the hooks
-    """
-
+    cost nothing while the student learns. `.value` is the loss of the last pass, a float32 scalar;
+    `.update()` moves the average, once per batch (first, sets it); `.close()` ends the hooks."""
     def __init__(self, teacher, momentum):
-        kinds = (nn.BatchNorm2d, nn.SyncBatchNorm)
-        modules = [m for m in teacher.modules() if isinstance(m, kinds)]
-        self.layers = [m for m in modules if m.running_mean is not None]
-        self.momentum, self.average = momentum, None  # [(mu, var) for each layer]
-        self.batch = [None] * len(self.layers)  # likewise, of the last forward pass
-        self.hooks = [
-            m.register_forward_pre_hook(self.reader(i)) for i, m in enumerate(self.layers)
-        ]
-
-    def reader(self, index):
-        def read(layer, inputs):
-            if torch.is_grad_enabled():
-                self.batch[index] = BatchStatistics.apply(inputs[0])
-
-        return read
-
+        layers = [m for m in teacher.modules() if isinstance(m, nn.BatchNorm2d | nn.SyncBatchNorm)]
+        self.layers = [m for m in layers if m.running_mean is not None]  # with statistics to meet
+        self.momentum, self.average, self.target = momentum, None, None
+        self.seen = {}  # number of a layer -> (mu, var), of the layers that T really passes
+        hook = nn.Module.register_forward_pre_hook
+        self.hooks = [hook(m, partial(self.read, i)) for i, m in enumerate(self.layers)]
+    def read(self, i, layer, inputs):
+        if torch.is_grad_enabled():
+            self.seen[i] = BatchStatistics.apply(inputs[0])
+    def mixed(self):
+        """All layers' mu and var, one after the other in one vector, mixed with the average."""
+        batch = torch.cat([part for statistics in self.seen.values() for part in statistics])
+        if self.average is None:
+            return batch  # at first there is none
+        return self.momentum * self.average + (1 - self.momentum) * batch
     @property
     def value(self):
-        total = 0.0
-        for i, (layer, (mu, var)) in enumerate(zip(self.layers, self.batch)):
-            if self.average is not None:
-                mu = torch.lerp(mu, self.average[i][0], self.momentum)
-                var = torch.lerp(var, self.average[i][1], self.momentum)
-            total = total + (layer.running_mean - mu).norm() + (layer.running_var - var).norm()
-        return total
-
+        if self.target is None:  # the same vector of what T has stored; and whose each number is
+            seen = [self.layers[i] for i in self.seen]
+            parts = [part for m in seen for part in (m.running_mean, m.running_var)]
+            owner = torch.arange(len(parts)).repeat_interleave(torch.tensor([*map(len, parts)]))
+            self.target, self.owner = torch.cat(parts), owner.to(parts[0].device)
+        squares = (self.target - self.mixed()).square()
+        sums = squares.new_zeros(2 * len(self.seen)).index_add(0, self.owner, squares)
+        return (sums + 1e-20).sqrt().sum()  # the slope of sqrt(0) would be infinite
     @torch.no_grad()
     def update(self):
-        old = self.average or self.batch
-        self.average = [
-            tuple(torch.lerp(now, before, self.momentum) for now, before in zip(*pairs))
-            for pairs in zip(self.batch, old)
-        ]
-
+        self.average = self.mixed() if self.seen else None
     def close(self):
         for hook in self.hooks:
             hook.remove()
 
-    def state_dict(self):
-        return dict(average=self.average)
-
-    def load_state_dict(self, state):
-        self.average = state["average"]
-
-
 def adversarial_loss(student_logits, teacher_logits):
     """L_adv = -mean over the batch of 1[argmax S = argmax T] * KL(T || S): (B, C) twice -> scalar.
-
     G lowers it with images on which S names T's class but is far from T's probabilities: those that
     S can still learn from. Where S names another class there is enough to learn already, so the
-    term is 0, and cannot push the image away from its class altogether.
-    """
-    s, t = student_logits.float(), teacher_logits.float()
+    term is 0, and cannot push the image away from its class altogether."""
+    s, t = student_logits.float(), teacher_logits.float()  # (B, C)
     divergence = F.kl_div(s.log_softmax(1), t.log_softmax(1), reduction="none", log_target=True)
     return -(divergence.sum(1) * (s.argmax(1) == t.argmax(1))).mean()
 
-
 def distillation_loss(student_logits, teacher_logits, temperature):
     """L_KD = tau^2 * KL(softmax(T / tau) || softmax(S / tau)), mean over the batch -> scalar.
-
-    A large tau shows S which wrong classes T finds less wrong; tau^2 keeps the gradient's size.
-    """
+    A large tau shows S which wrong classes T finds less wrong; tau^2 keeps the gradient's size."""
     s = (student_logits.float() / temperature).log_softmax(1)
     t = (teacher_logits.float() / temperature).log_softmax(1)
     return temperature**2 * F.kl_div(s, t, reduction="batchmean", log_target=True)
 
-
 # ---- Memory bank and augmentation ------------------------------------------------------------- M
-
-
 class MemoryBank:
     """M: the synthetic images as one uint8 tensor (capacity, ch, H, W) on the device.
-
     S learns from all images made so far, not only from the latest batch, or it would forget. A
     ring: once it is full, new images replace the oldest. (The authors keep PNG files, read anew by
-    a DataLoader after every batch, and cut values to bytes where we round [code].)
-    """
-
+    a DataLoader after every batch, and cut values to bytes where we round [code].)"""
     def __init__(self, capacity, channels, image_size, device="cpu"):
         shape = (capacity, channels, image_size, image_size)
         self.images = torch.empty(shape, dtype=torch.uint8, device=device)
         self.added = 0  # images ever added
-
     def __len__(self):
         return min(self.added, len(self.images))
-
     def add(self, images):
         """images: uint8 (B, ch, H, W)."""
-        images = images[-len(self.images) :]
-        places = torch.arange(self.added, self.added + len(images), device=images.device)
-        self.images[places % len(self.images)] = images
+        kept = slice(-len(self.images), None)  # of more images than it holds, the last
+        places = torch.arange(self.added, self.added + len(images), device=images.device)[kept]
+        self.images[places % len(self.images)] = images[kept]
         self.added += len(images)
-
     def sample(self, count):
         """`count` images, uint8, drawn uniformly with replacement [ours]."""
         return self.images[torch.randint(len(self), (count,), device=self.images.device)]
 
-
 class Augment:
     """Random crop after zero padding (of the pixels), random mirroring, normalisation; per image.
-
-    images (B, ch, H, W), float in [0, 1] -> the same shape, normalised. Gradients pass through, so
-    that G learns images that T knows wherever they are cropped. `normalize` alone is for scoring.
-    """
-
+    images (B, ch, H, W), float in [0, 1] -> the same shape, normalised. Gradients pass through: G
+    learns images that T knows wherever they are cropped. `normalize` alone is for scoring."""
     def __init__(self, mean, std, padding, flip, device="cpu"):
         self.mean, self.std = (torch.tensor(v, device=device).view(-1, 1, 1) for v in (mean, std))
         self.padding, self.flip = padding, flip
-
     def normalize(self, images):
         return ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
-
     def __call__(self, images):
         (B, ch, H, W), device = images.shape, images.device
-        shift = torch.randint(2 * self.padding + 1, (2, B, 1), device=device)
+        shift = torch.randint(2 * self.padding + 1, (2, B, 1), device=device)  # a crop's corner
         rows = shift[0] + torch.arange(H, device=device)  # (B, H)
         columns = shift[1] + torch.arange(W, device=device)  # (B, W)
         if self.flip:
             mirrored = torch.rand(B, 1, device=device) < 0.5
             columns = torch.where(mirrored, columns.flip(1), columns)
-        images = F.pad(images, [self.padding] * 4)
+        images = F.pad(images, [self.padding] * 4)  # (B, ch, H + 2p, W + 2p)
         images = images.gather(2, rows[:, None, :, None].expand(-1, ch, -1, images.shape[3]))
         images = images.gather(3, columns[:, None, None, :].expand(-1, ch, H, -1))
         return self.normalize(images)
 
-
 # ---- Half-step 1. Over G and Z, minimise alpha_ce L_CE + alpha_bn L_BN + alpha_adv L_adv ---------
-
-
 def synthesize(
-    generator, noisy_layer, inputs, labels, teacher, student, bn_loss, augment, autocast,
+    generator, noisy_layer, inputs, labels, teacher, student, bn_loss, augment,
     *, steps, lr, alpha_ce, alpha_bn, alpha_adv, tick=lambda: None,
-):  # fmt: skip
+):
     """One batch of images for `labels` (B,), from `inputs` (B, D), by `steps` steps of a new Adam.
-
     Returns the images of the step with the lowest total loss, before augmentation, uint8
     (B, ch, H, W), and the losses of every step (steps, 4): L_CE, L_BN, L_adv, their weighted sum.
-    A term of weight 0 is not computed and counts as 0. Nothing leaves the device inside the loop.
-    """
+    A term of weight 0 is not computed and counts as 0. Nothing leaves the device in the loop."""
     # S stays in eval mode: the authors' is in train mode from the second batch of an epoch on, so
     # that the statistics of its BatchNorm are overwritten by half-made images [code].
     student.eval().requires_grad_(False)
@@ -500,17 +398,14 @@ def synthesize(
     zero = torch.zeros((), device=labels.device)
     best_images, best_loss, history = None, zero + torch.inf, []
     for _ in range(steps):
-        hidden = noisy_layer(inputs)
-        with autocast:
-            images = generator(hidden)
-            views = augment(images)  # afresh at each step; T and S see the same
-            teacher_logits = teacher(views).float()
-            student_logits = student(views) if alpha_adv else None
+        images = generator(noisy_layer(inputs))  # x^ = G(Z(e_y))
+        views = augment(images)  # afresh at each step; T and S see the same
+        teacher_logits = teacher(views).float()  # and the hooks of bn_loss read along
 
         loss_ce = F.cross_entropy(teacher_logits, labels)  # be what y says
         loss_bn = bn_loss.value if alpha_bn else zero  # look like what T has seen
-        loss_adv = adversarial_loss(student_logits, teacher_logits) if alpha_adv else zero  # be new
-        loss = alpha_ce * loss_ce + alpha_bn * loss_bn + alpha_adv * loss_adv
+        loss_adv = adversarial_loss(student(views), teacher_logits) if alpha_adv else zero  # be new
+        loss = alpha_ce * loss_ce + alpha_bn * loss_bn + alpha_adv * loss_adv  # of G and Z
 
         # Keep the best step's images without asking the device which step that is.
         shown, better = images.detach(), loss.detach() < best_loss
@@ -523,27 +418,26 @@ def synthesize(
         tick()
     return (best_images * 255).round().byte(), torch.stack(history)
 
-
 # ---- Half-step 2. Over S, minimise L_KD on images from M -----------------------------------------
-
-
 def distill(
-    teacher, student, memory, optimizer, augment, autocast,
-    *, steps, batch, temperature, tick=lambda: None,
-):  # fmt: skip
+    teacher, student, memory, optimizer, augment,
+    *, steps, batch, temperature, reuse=1, tick=lambda: None,
+):
     """One epoch: `steps` student steps on batches from M. Returns L_KD at every step (steps,).
-
     Nothing but T's softened answers is learnt from; the labels that G was asked for play no part.
-    """
+    reuse R > 1 [ours]: T, most of the cost, answers a pool of 16 batches once, and S passes R times
+    over these pairs of view and answer. R = 1 is the paper's: new views at every step."""
     student.train().requires_grad_(True)
-    history = []
-    for _ in range(steps):
-        views = augment(memory.sample(batch).float() / 255)
-        with autocast:
-            with torch.no_grad():  # which puts the hooks of L_BN to sleep, too
-                teacher_logits = teacher(views)
-            student_logits = student(views)
-        loss = distillation_loss(student_logits, teacher_logits, temperature)
+    history, pool = [], 16 if reuse > 1 else 1  # batches
+    for step in range(steps):
+        if step % (pool * reuse) == 0:  # a new pool of views, and T's answers to them
+            views = augment(memory.sample(pool * batch).float() / 255)
+            with torch.no_grad():
+                answers = torch.cat([teacher(part) for part in views.split(batch)])
+        if step % pool == 0:  # a new pass over the pool, in another order
+            rows = torch.randperm(len(views), device=views.device).split(batch)
+        now = rows[step % pool]  # the whole of it for R = 1
+        loss = distillation_loss(student(views[now]), answers[now], temperature)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -551,350 +445,556 @@ def distill(
         tick()
     return torch.stack(history)
 
-
-# ---- Networks and model files -------------------------------------------------------------------
-
+# ---- Networks -----------------------------------------------------------------------------------
+def conv(inputs, outputs, size, stride=1):
+    return nn.Conv2d(inputs, outputs, size, stride, padding=size // 2, bias=False)
 
 class WideBlock(nn.Module):
     """Twice BatchNorm, ReLU, 3x3 convolution; and a shortcut, a 1x1 convolution between widths."""
-
     def __init__(self, inputs, outputs, stride):
         super().__init__()
-        self.norm1 = nn.BatchNorm2d(inputs)
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
-        self.norm2 = nn.BatchNorm2d(outputs)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
-        self.shortcut = None
-        if inputs != outputs:
-            self.shortcut = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
-
+        self.norm1, self.norm2 = nn.BatchNorm2d(inputs), nn.BatchNorm2d(outputs)
+        self.conv1, self.conv2 = conv(inputs, outputs, 3, stride), conv(outputs, outputs, 3)
+        self.shortcut = conv(inputs, outputs, 1, stride) if inputs != outputs else None
     def forward(self, x):
-        h = F.relu(self.norm1(x), inplace=True)  # in place: half of the time is memory traffic
-        x = x if self.shortcut is None else self.shortcut(h)
-        return self.conv2(F.relu(self.norm2(self.conv1(h)), inplace=True)).add_(x)
-
+        h = F.relu(self.norm1(x))
+        x = x if self.shortcut is None else self.shortcut(h)  # between widths the sum needs it
+        return x + self.conv2(F.relu(self.norm2(self.conv1(h))))
 
 class WideResNet(nn.Module):
     """wrn{depth}_{width} of Zagoruyko and Komodakis (2016): (B, ch, H, W) -> logits (B, C)."""
-
     def __init__(self, depth, width, num_classes, channels=3):
         super().__init__()
-        self.stem = nn.Conv2d(channels, 16, 3, padding=1, bias=False)
-        blocks, inputs = [], 16
+        self.stem, self.blocks, inputs = conv(channels, 16, 3), nn.Sequential(), 16
         for outputs in (16 * width, 32 * width, 64 * width):  # at full, half, quarter resolution
             for i in range((depth - 4) // 6):
                 stride = 2 if i == 0 and outputs > 16 * width else 1
-                blocks.append(WideBlock(inputs, outputs, stride))
+                self.blocks.append(WideBlock(inputs, outputs, stride))
                 inputs = outputs
-        self.blocks = nn.Sequential(*blocks)
-        self.norm = nn.BatchNorm2d(inputs)
-        self.classifier = nn.Linear(inputs, num_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-
+        self.norm, self.classifier = nn.BatchNorm2d(inputs), nn.Linear(inputs, num_classes)
+        for layer in filter(lambda m: isinstance(m, nn.Conv2d), self.modules()):
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
     def forward(self, images):
-        features = F.relu(self.norm(self.blocks(self.stem(images))), inplace=True)
-        return self.classifier(features.mean((2, 3)))
-
+        features = F.relu(self.norm(self.blocks(self.stem(images))))
+        return self.classifier(features.mean((2, 3)))  # (B, 64 width, H/4, W/4) -> (B, C)
 
 def build_model(name, num_classes, channels=3, image_size=32):
     """A network with random weights: wrn{depth}_{width}, or what torchvision has by that name.
-
-    For images of up to 64 pixels, a ResNet gets a 3x3 stem and no max-pool, a VGG gets BatchNorm
-    and one linear layer [code]. Raises UserError for an unknown name.
-    """
-    if match := re.fullmatch(r"wrn(\d+)_(\d+)", name):
-        depth, width = map(int, match.groups())
-        if depth < 10 or depth % 6 != 4 or width < 1:
-            raise UserError(f"no Wide ResNet {name}: depth 10, 16, 22, ..., width 1, 2, ...")
-        return WideResNet(depth, width, num_classes, channels)
-    import torchvision.models as zoo  # not above: it takes a second, which Wide ResNets can save
-
-    small = image_size <= 64
+    For images of up to 64 pixels, a ResNet gets a 3x3 stem, no max-pool and PyTorch's default
+    initial weights; a VGG gets BatchNorm, max-pooling after its first three stages alone (four for
+    64 pixels) and one linear layer [code]. Raises UserError for an unknown name."""
+    small, wide = image_size <= SMALL, re.fullmatch(r"wrn(\d+)_([1-9]\d*)", name)
+    if wide and int(wide[1]) in range(10, 1000, 6):
+        return WideResNet(int(wide[1]), int(wide[2]), num_classes, channels)
     name += "_bn" if small and re.fullmatch(r"vgg\d\d", name) else ""
-    if name not in zoo.list_models(module=zoo):
-        raise UserError(f"unknown network {name}: use wrn16_2, resnet18 or a torchvision name")
-    model = zoo.get_model(name, weights=None, num_classes=num_classes)
-    if small and isinstance(model, zoo.ResNet):
-        model.conv1, model.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
-        nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
-    if small and isinstance(model, zoo.VGG):
+    known = name in models.list_models(module=models)
+    check(known, f"unknown network {name}: use wrn16_1, wrn40_2, ... or a torchvision name")
+    model = models.get_model(name, weights=None, num_classes=num_classes)
+    if small and isinstance(model, models.ResNet):
+        model.conv1, model.maxpool = conv(3, 64, 3), nn.Identity()
+        for layer in filter(lambda m: isinstance(m, nn.Conv2d), model.modules()):
+            layer.reset_parameters()
+    if small and isinstance(model, models.VGG):
+        pools = [i for i, layer in enumerate(model.features) if isinstance(layer, nn.MaxPool2d)]
+        for i in pools[4 if image_size == 64 else 3 :]:  # the rest
+            model.features[i] = nn.Identity()
         model.avgpool, model.classifier = nn.AdaptiveAvgPool2d(1), nn.Linear(512, num_classes)
-    if channels != 3:  # a first convolution of its own
-        path, old = next(pair for pair in model.named_modules() if isinstance(pair[1], nn.Conv2d))
-        shape = (channels, old.out_channels, old.kernel_size, old.stride, old.padding)
-        parent, _, attribute = path.rpartition(".")
-        new = nn.Conv2d(*shape, bias=old.bias is not None)
-        setattr(model.get_submodule(parent), attribute, new)
+    if channels != 3:  # the first convolution is made anew
+        first = next(m for m in model.modules() if isinstance(m, nn.Conv2d))
+        weight = first.weight[:, :1].detach().repeat(1, channels, 1, 1)
+        first.in_channels, first.weight = channels, nn.Parameter(weight)
+        first.reset_parameters()
     return model
 
-
+# ---- Model files, and networks of your own ------------------------------------------------------
 def save_model(path, model, info):
-    """One self-describing safetensors file: the weights, with `info` as metadata.
-
-    info: architecture, class_names, channels, image_size, mean, std, and whatever else json can
-    write and a reader would ask for: accuracy, trained_on, command.
-    """
+    """One self-describing safetensors file: the weights, with `info`, what json can write, as
+    metadata: architecture, class_names, channels, image_size, mean, std, accuracy, ..."""
     state = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
-    metadata = info | dict(sha256=extras.fingerprint(info, state))
-    metadata = {key: json.dumps(value) for key, value in metadata.items()}
-    write_atomically(Path(path), lambda file: safetensors.torch.save_file(state, file, metadata))
+    metadata = {key: json.dumps(value) for key, value in info.items()}
+    write_atomically(path, lambda file: safetensors.torch.save_file(state, file, metadata))
 
+def read_safetensors(path):
+    """(tensors by name, metadata)"""
+    with explained(f"{path} is not an intact safetensors file"):
+        with safetensors.safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
 
 def load_model(path, model=None):
     """The network in a model file: on the CPU, float32, in eval mode, its description as `.info`.
-
     model: a network to put the weights into, for one that `build_model` does not know. Raises
-    UserError if the file is missing, damaged, or not one of ours. Runs no code from it.
-    """
-    state, metadata = extras.read_safetensors(path)
+    UserError if the file is missing, cut, or not one of ours. Runs no code from it."""
+    state, metadata = read_safetensors(path)
     with explained(f"{path} is not an intact model file of nayer.py or teachers/train.py"):
         info = {key: json.loads(text) for key, text in metadata.items()}
-        if info.pop("sha256") != extras.fingerprint(info, state):
-            raise ValueError("its checksum does not match")
-        if model is None and ".py:" in info["architecture"]:
-            raise ValueError(f"give the network of {info['architecture']} to load_model, too")
+        known = model is not None or ".py:" not in info["architecture"]
+        check(known, f"{path}: give the network of {info['architecture']} to load_model, too")
         shape = (len(info["class_names"]), info["channels"], info["image_size"])
         model = model or build_model(info["architecture"], *shape)
         model.load_state_dict(state)
     model.info = info
     return model.float().eval()
 
-
-def load_teacher(args):
-    """T with its description as `.info`: file.py:function, a model file, or a name in teachers/."""
-    name, path = args.teacher, SHIPPED / f"{args.dataset}_{args.teacher}.safetensors"
-    if ".py:" in name:
-        return extras.foreign_teacher(args)
-    if name.endswith(".safetensors"):
-        return load_model(name)
-    if not path.exists():
-        build_model(name, 10)  # complains of an unknown name
-        command = f"python teachers/train.py --dataset {args.dataset} --model {name}"
-        raise UserError(f"no trained {name} for {args.dataset} in {SHIPPED}; make it: {command}")
-    return load_model(path)
-
-
-# ---- Around the loop: score, log, checkpoint ----------------------------------------------------
-
+def network_from_file(place):
+    """The nn.Module that `file.py:function` returns: on the CPU, in float32, not wrapped."""
+    path, _, function = place.rpartition(":")
+    with explained(f"no network from {place}"):
+        sys.path.insert(0, str(Path(path).resolve().parent))  # for what lies beside it
+        model = runpy.run_path(path)[function]()  # runs that file
+        model = model.module if isinstance(model, nn.DataParallel) else model
+        kind = type(model).__name__
+        check(isinstance(model, nn.Module), f"{place} returns a {kind}, not an nn.Module")
+        return model.cpu().float().requires_grad_(True)
 
 @torch.no_grad()
-def accuracy(model, batches, augment, autocast):
+def count_outputs(model, name, channels, image_size):
+    """C, by a forward pass on two black images in both modes. UserError if one fails."""
+    before = {key: value.clone() for key, value in model.state_dict().items()}  # see the end
+    with explained(f"{name} does not take {channels} channels of {image_size}x{image_size} pixels"):
+        for training in (True, False):
+            logits = model.train(training)(torch.zeros(2, channels, image_size, image_size))
+            shape = [*getattr(logits, "shape", [])] or type(logits).__name__
+            text = f"{name} gives {shape} for two images, not logits (2, classes)"
+            check(len(shape) == 2 and shape[0] == 2, text)
+    model.load_state_dict(before)  # train mode has moved its statistics
+    return logits.shape[1]
+
+def load_teacher(args):
+    """T, frozen, with its description as `.info`: a name in teachers/, a model file, or
+    file.py:function, which cannot describe itself: --dataset and the flags do."""
+    name, own, known = args.teacher, ".py:" in args.teacher, SHIPPED / "class_names.json"
+    path = Path(name) if ".safetensors" in name else SHIPPED / f"{args.dataset}_{name}.safetensors"
+    command = f"python teachers/train.py --dataset {args.dataset} --model {name}"
+    check(own or ".safetensors" in name or path.exists(), f"no {path}; make it: {command}")
+    teacher = network_from_file(name) if own else load_model(path)
+    if own:
+        teacher.info = dict(zip(("image_size", "channels", "mean", "std"), IMAGES[args.dataset]))
+        names = json.loads(known.read_text()) if known.exists() else {}
+        teacher.info |= dict(architecture=name, class_names=names.get(args.dataset))
+    info, flags = teacher.info, ("image_size", "mean", "std")  # a flag goes before a file
+    info |= {key: getattr(args, key) for key in flags if getattr(args, key)}
+    if args.class_names:  # they go before those of the teacher
+        with explained(f"cannot read --class-names {args.class_names}"):
+            lines = args.class_names.read_text(encoding="utf-8").splitlines()
+        info["class_names"] = lines = [line.strip() for line in lines if line.strip()]
+        check(len({*lines}) == len(lines), f"--class-names {args.class_names} has a name twice")
+    missing = ["--" + key.replace("_", "-") for key in flags if not info[key]]
+    if not info["class_names"] and args.label_input == "lte":
+        missing += ["--class-names (or --label-input onehot, which does without names)"]
+    check(not missing, f"{name} does not describe itself: add {', '.join(missing)}")
+    info["channels"] = channels = len(info["mean"]) if own else info["channels"]
+    fits = len(info["mean"]) == len(info["std"]) == channels
+    check(fits, f"--mean and --std take one number per channel: {channels}")
+    C = count_outputs(teacher, name, channels, info["image_size"])  # also shows that T takes them
+    info["class_names"] = names = info["class_names"] or [f"class {k}" for k in range(C)]
+    check(len(names) == C, f"{len(names)} class names, but {name} has {C} outputs")
+    return teacher.requires_grad_(False)
+
+# ---- Images to score on: no line of this file reads a training image ----------------------------
+def image_folder(folder, channels, size):
+    """torchvision's ImageFolder (a folder per class) of uint8 images (channels, size, size): they
+    are resized, cropped in the middle, and converted to gray or colour."""
+    fit = [v2.Resize(size), v2.CenterCrop(size), v2.Grayscale(), v2.PILToTensor()]
+    return datasets.ImageFolder(folder, v2.Compose(fit if channels == 1 else fit[:2] + fit[3:]))
+
+def test_batches(dataset, root, class_names, channels, image_size, device):
+    """Batches (images uint8 (500, channels, size, size), labels) to score on, in a fixed order:
+    small images are decoded once and stay on the device, large ones are read for each pass."""
+    size = IMAGES[dataset][0] or image_size
+    check(size == image_size, f"the teacher reads {image_size} pixels, {dataset} has {size}")
+    if dataset == "digits":
+        from sklearn import datasets as small
+        from sklearn import model_selection
+        pixels, labels = small.load_digits(return_X_y=True)  # (1797, 64), values 0 to 16
+        how = dict(test_size=500, stratify=labels, random_state=0)  # no teacher saw these 500
+        _, pixels, _, labels = model_selection.train_test_split(pixels, labels, **how)
+        images = torch.tensor(pixels).float().view(-1, 1, 8, 8) * (255 / 16)
+        data = list(zip(F.interpolate(images, size=16, mode="bilinear").round().byte(), labels))
+    elif dataset in ("cifar10", "cifar100"):
+        kind, fit = getattr(datasets, dataset.upper()), v2.PILToTensor()
+        with explained(f"{root / kind.base_folder} is missing or damaged; no download"):
+            data = kind(root, train=False, download=True, transform=fit)
+    elif dataset == "tiny_imagenet":  # the official archive: one folder, and a table
+        val, wnids = root / "tiny-imagenet-200/val", root / "tiny-imagenet-200/wnids.txt"
+        check(wnids.exists(), f"unpack tiny-imagenet-200.zip in {root}")
+        data, wnids = image_folder(val, channels, size), wnids.read_text().split()
+        rows = map(str.split, (val / "val_annotations.txt").read_text().splitlines())
+        data.samples = [(str(val / "images" / row[0]), wnids.index(row[1])) for row in rows]
+    else:
+        data = image_folder(root / "test", channels, size)  # class folders
+        unknown = sorted(set(data.classes) - set(class_names))
+        check(not unknown, f"the teacher knows no class {unknown[:1]}, a folder in {root / 'test'}")
+        data.samples = [(path, class_names.index(data.classes[k])) for path, k in data.samples]
+    workers = min(8, os.cpu_count() or 1) if size > SMALL else 0  # processes that decode
+    batches = torch.utils.data.DataLoader(data, batch_size=500, num_workers=workers)
+    return batches if workers else [(images.to(device), y.to(device)) for images, y in batches]
+
+# ---- Errors, files, devices ---------------------------------------------------------------------
+class UserError(Exception):
+    """Something the user can put right: the program shows it as one line and exits with code 1."""
+
+def check(condition, message):
+    """UserError(message) unless the condition holds."""
+    if not condition:
+        raise UserError(message)
+
+@contextlib.contextmanager
+def explained(message):
+    """Any error in the block becomes a UserError: `message`, and the first line of the reason."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise UserError(f"{message} ({reason})") from error
+
+def write_atomically(path, write):
+    """write(a temporary path), then move that file to `path`, which is never seen half-written."""
+    temporary = Path(f"{path}.tmp")
+    with explained(f"cannot write {path}"):
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            write(temporary)
+            os.replace(temporary, path)  # the file system does it at once, or not at all
+        finally:
+            temporary.unlink(missing_ok=True)  # after an error, a full disk say
+
+def run_script(main):
+    """Run main() as a program: one clear line and an exit code in the place of a traceback."""
+    def stop(signum, frame):
+        raise KeyboardInterrupt(signum)
+    signal.signal(signal.SIGTERM, stop)
+    with contextlib.suppress(OSError, AttributeError):  # glibc keeps large freed blocks for the
+        for parameter in (-1, -3):  # next step; else a generator step takes 18 % longer (Zen 3)
+            ctypes.CDLL("libc.so.6").mallopt(parameter, 2**31 - 1)
+    command = shlex.join(["python", *(arg for arg in sys.argv if arg != "--resume")])
+    command = "the same torchrun command and" if "RANK" in os.environ else command
+    kept = f"finished epochs are kept: go on with {command} --resume"
+    hints = {"memory": "out of memory: lower --synthesis-batch, --student-batch or --bank-size"}
+    hints["by peer"] = hints["NCCL"] = f"another process of this run has ended; {kept}"
+    try:
+        main()
+    except KeyboardInterrupt as signum:
+        print(f"\nstopped; {kept}", file=sys.stderr)
+        sys.exit(143 if signum.args else 130)  # 128 + SIGTERM, 128 + SIGINT
+    except (UserError, OSError, RuntimeError) as error:
+        line = (str(error).strip() or type(error).__name__).splitlines()[-1]
+        known = [hint for part, hint in hints.items() if part in str(error)]
+        if isinstance(error, RuntimeError) and not known:
+            raise  # a fault of this program
+        line = known[0] if isinstance(error, RuntimeError) else line.split("UserError: ")[-1]
+        sys.exit(f"{Path(sys.argv[0]).name}: error: {line}")
+
+def pick_device(name):
+    """(device, whether bf16 is fast on it); auto: cuda, else mps, else cpu."""
+    there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
+    name = next(n for n in there if there[n]) if name == "auto" else name
+    check(there[name], f"there is no {name} device here: leave --device out, or use --device cpu")
+    if name == "cuda":
+        local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()  # torchrun's
+        check(local < gpus, f"{gpus} GPUs here: lower --nproc-per-node to it")
+        torch.cuda.set_device(local)
+        return torch.device(name, local), torch.cuda.get_device_capability() >= (8, 0)  # Ampere
+    bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)  # not in torch 2.4
+    return torch.device(name), name == "cpu" and bf16()
+
+# ---- Scores and pictures ------------------------------------------------------------------------
+@torch.no_grad()
+def accuracy(model, batches, augment):
     """Fraction in [0, 1] of images that `model` gets right; batches: (images uint8, labels)."""
     model.eval()
     correct, seen, device = 0, 0, augment.mean.device
     for images, labels in batches:
-        with autocast:
-            logits = model(augment.normalize(images.to(device).float() / 255))
-        correct += (logits.argmax(1) == labels.to(device)).sum()
-        seen += len(labels)
+        answers = model(augment.normalize(images.to(device).float() / 255)).argmax(1)
+        correct, seen = correct + (answers == labels.to(device)).sum(), seen + len(labels)
     return float(correct) / seen
 
-
 @torch.no_grad()
-def agreement(teacher, student, images, augment, autocast):
+def agreement(teacher, student, images, augment):
     """Fraction of `images`, uint8 (B, ch, H, W), on which S names the class that T names."""
-    device, labels = augment.mean.device, []
-    for part in images.split(500):
-        views = augment.normalize(part.to(device).float() / 255)
-        with autocast:
-            labels.append(teacher(views).argmax(1))
-    return accuracy(student, zip(images.split(500), labels), augment, autocast)
+    parts = images.split(500)  # no more at once than a scoring batch
+    named = [teacher(augment.normalize(part.float() / 255)).argmax(1) for part in parts]
+    return accuracy(student, zip(parts, named), augment)
 
+def draw_samples(path, images, labels, class_names):
+    """Images uint8 (B, ch, H, W): a column for each of at most 20 classes, its name on top."""
+    shown, side = labels.unique().tolist(), images.shape[-1] + 1  # with a line between two
+    shown = shown[:: math.ceil(len(shown) / 20)]
+    columns, names = [images[labels == k][:8].cpu() for k in shown], [class_names[k] for k in shown]
+    cells = [column[row] for row in range(min(map(len, columns))) for column in columns]
+    grid = utils.make_grid(torch.stack(cells), len(shown), padding=1, pad_value=255)
+    axes = Figure(figsize=(0.7 * len(shown), 0.7 * len(cells) / len(shown) + 0.5)).subplots()
+    axes.imshow(grid.permute(1, 2, 0), interpolation="nearest")
+    upright = max(map(len, names)) > 10  # long names stand
+    axes.set_xticks([side * (k + 0.5) for k in range(len(names))], names, rotation=90 * upright)
+    axes.tick_params(length=0, labeltop=True, labelbottom=False, labelleft=False)
+    axes.spines[:].set_visible(False)
+    axes.figure.savefig(path, dpi=100, format="png", bbox_inches="tight")
 
+def draw_curve(path, rows, teacher_accuracy):
+    """Against seconds: test accuracy, with the teacher's as a line; the unweighted losses."""
+    left, right = Figure(figsize=(10, 4), layout="constrained").subplots(1, 2)
+    left.axhline(teacher_accuracy or math.nan, color="gray", linestyle="--", label="teacher")
+    for column in ("accuracy", "agree", "loss_ce", "loss_bn", "loss_adv", "loss_kd"):
+        axes = right if column.startswith("loss") else left
+        points = [(row["seconds"], abs(row[column])) for row in rows if row.get(column)]
+        axes.plot(*zip(*points or [(0, math.nan)]), ".-", label=column)
+    left.set(xlabel="seconds", title="Accuracy, and agreement with the teacher on new images")
+    right.set(xlabel="seconds", yscale="log", title="Losses, unweighted, without their signs")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.legend()
+    left.figure.savefig(path, dpi=100, format="png")
+
+# ---- The run: what the loop works on, and what it leaves on disk --------------------------------
 class Run:
-    """What surrounds the loop: T, S, the LTE, M, the test images, the journal, the checkpoint."""
-
-    STATEFUL = "student optimizer bn_loss noisy_layer generator journal".split()
-
+    """T, S, Z, G, M, the label embeddings and the test images; the table of epochs; the checkpoint.
+    checkpoint.pt is written last in every epoch, so that a kill at any moment leaves this epoch's
+    state or the one before; memory/ holds the bank's images, a file an epoch. No random state is
+    kept: the numbers of an epoch follow from --seed, the epoch and the rank alone [ours]."""
+    FREE = "out data_root device resume eval compile".split()  # flags that change no number
+    SHOWN = dict(epoch="d", images="d", loss_ce=".4f", loss_bn=".4f", loss_adv=".4f", loss_kd=".4f")
+    SHOWN |= dict(agree=".1%", accuracy=".2%", best=".2%", seconds=".1f", left=".0f")  # on a line
+    SPENT = "seconds_synthesis", "seconds_distillation", "seconds_evaluation", "seconds_other"
+    STEP = "epoch batch step loss_ce loss_bn loss_adv loss".split()  # a row of generator.csv
     def __init__(self, args):
-        self.args = args
-        self.device, fast_bf16 = extras.pick_device(args.device)
-        self.rank, self.ranks = extras.join_ranks(self.device)  # 0, 1 without torchrun
-        torch.manual_seed(args.seed + self.rank)  # each rank makes its own noise
-        extras.set_determinism(args.deterministic)
+        self.args, (self.device, fast_bf16) = args, pick_device(args.device)
+        args.amp = fast_bf16 if args.amp is None else args.amp  # where bf16 pays
+        self.rank = int(os.environ.get("RANK", 0))  # this process among those of torchrun
+        self.ranks = int(os.environ.get("WORLD_SIZE", 1))  # of how many
+        self.share = lambda count: math.ceil(count / self.ranks)  # what each rank has to do of it
+        self.say = partial(print, flush=True) if self.rank == 0 else lambda text: None
+        torch.manual_seed(args.seed)  # for the weights of S; begin() seeds the epochs
+        torch.backends.cudnn.benchmark = True  # the fastest kernels that a trial finds
         torch.set_float32_matmul_precision("high")  # TF32, where bf16 is not used
-        args.amp = fast_bf16 if args.amp is None else args.amp
-        # One context for T, S and G; losses, statistics and optimizers stay in float32.
-        self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=args.amp)
-        self.journal = extras.Journal(args, self.device, self.rank, self.ranks)
-        self.load_networks()
-        names = self.info["class_names"]
-        self.embeddings = dict(
-            lte=lambda: cached_embeddings(names, args.text_encoder, args.prompt, args.data_root),
-            onehot=lambda: torch.eye(len(names)),
-            noise=lambda: torch.empty(len(names), 0),  # see generator_inputs
-        )[args.label_input]().to(self.device)
-        wanted = args.warmup_epochs * math.prod(self.share(args.warmup_batches))
-        wanted += args.epochs * math.prod(self.share(args.batches))
-        capacity = extras.bank_capacity(wanted, args.bank_size, *self.shape, self.device)
-        self.memory = MemoryBank(capacity, *self.shape, self.device)
-        self.bank = "all" if capacity == wanted else str(capacity)
-        look = (args.crop_padding, args.flip, self.device)
-        self.augment = Augment(self.info["mean"], self.info["std"], *look)
-        self.new_generator()
-        self.test, self.teacher_accuracy = None, self.info.get("accuracy")
-        if args.eval and self.rank == 0:
-            with explained(f"no test images of {args.dataset}; --no-eval distils without them"):
-                place = (args.dataset, args.data_root, names, *self.shape, self.device)
-                self.test = extras.test_batches(*place)
-            self.teacher_accuracy = accuracy(self.teacher, self.test, self.augment, self.autocast)
-
-    def load_networks(self):
-        """T, frozen; what it says of its images, unless a flag says otherwise; S; L_BN's hooks."""
-        args = self.args
-        self.teacher = load_teacher(args).requires_grad_(False)
-        self.info = info = dict(self.teacher.info)
-        if args.image_size not in (None, size := info["image_size"]):
-            raise UserError(f"--image-size {args.image_size}, but the teacher reads {size} pixels")
-        info["mean"], info["std"] = args.mean or info["mean"], args.std or info["std"]
-        self.shape = (info["channels"], info["image_size"])
-        if not len(info["mean"]) == len(info["std"]) == self.shape[0]:
-            raise UserError(f"--mean and --std take one number per channel: {self.shape[0]}")
-        classes = extras.count_outputs(self.teacher, args.teacher, *self.shape)
-        if args.class_names:
-            info["class_names"] = extras.read_class_names(args.class_names)
-        if len(info["class_names"]) != classes:
-            names = len(info["class_names"])
-            raise UserError(f"{names} class names, but {args.teacher} has {classes} outputs")
+        self.teacher, name = load_teacher(args), args.student
+        self.info = info = self.teacher.info
+        self.names, self.shape = info["class_names"], (info["channels"], info["image_size"])
+        size = (len(self.names), *self.shape)  # C, ch, H
+        self.student = network_from_file(name) if ".py:" in name else build_model(name, *size)
+        outputs = count_outputs(self.student, name, *self.shape)
+        check(outputs == size[0], f"{name} has {outputs} outputs, the teacher {size[0]}")
         self.bn_loss = BatchNormLoss(self.teacher, args.bn_momentum)
-        if args.alpha_bn and not self.bn_loss.layers:
-            raise UserError(f"{args.teacher} has no BatchNorm2d for L_BN: add --alpha-bn 0")
-        if ".py:" in args.student:
-            self.student = extras.network_from_file(args.student)
-        else:
-            self.student = build_model(args.student, classes, *self.shape)
-        if (outputs := extras.count_outputs(self.student, args.student, *self.shape)) != classes:
-            raise UserError(f"{args.student} has {outputs} outputs, the teacher {classes}")
-        for model in (self.teacher, self.student):
-            model.to(self.device, memory_format=torch.channels_last)
-            if args.compile:
-                extras.compile_network(model)
-        self.learner = extras.data_parallel(self.student, self.ranks)  # S itself without torchrun
-        # SGD without Nesterov; main() moves its learning rate, so there is no scheduler to save.
-        weights = self.student.parameters()
-        self.optimizer = torch.optim.SGD(weights, args.lr, 0.9, weight_decay=1e-4, fused=True)
-
+        possible = self.bn_loss.layers or not args.alpha_bn
+        check(possible, f"{args.teacher} has no BatchNorm2d for L_BN: add --alpha-bn 0")
+        look = (info["mean"], info["std"], args.crop_padding, args.flip, self.device)
+        self.augment, self.learner = Augment(*look), self.place(self.student)
+        self.place(self.teacher)
+        self.test, self.teacher_accuracy = None, info.get("accuracy")
+        if args.eval and self.rank == 0:  # a download, if any, before the others begin to wait
+            with explained(f"no test images of {args.dataset}; --no-eval distils without them"):
+                place = (args.dataset, args.data_root, self.names, *self.shape, self.device)
+                self.test = test_batches(*place)
+                self.teacher_accuracy = accuracy(self.teacher, self.test, self.augment)
+        if self.ranks > 1:
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            how = dict(broadcast_buffers=False, gradient_as_bucket_view=True)
+            self.learner = nn.parallel.DistributedDataParallel(self.student, **how)
+        how = dict(momentum=0.9, weight_decay=1e-4, fused=True)  # no Nesterov [code]
+        self.optimizer = torch.optim.SGD(self.student.parameters(), args.lr, **how)
+        self.label_embeddings = torch.eye(size[0], device=self.device)  # one-hot
+        if args.label_input == "lte":
+            lte = label_text_embeddings(self.names, args.text_encoder, args.prompt)
+            self.label_embeddings = lte.to(self.device)
+        made = args.warmup_epochs * self.share(args.warmup_batches)  # batches, by this rank
+        made = (made + args.epochs * self.share(args.batches)) * args.synthesis_batch
+        room = self.share(args.bank_size) if args.bank_size else made  # all are kept by default
+        self.memory = MemoryBank(min(made, room), *self.shape, self.device)
+        self.new_generator()
+    def place(self, model):
+        """T, S or G on the device, to compute in bf16 where that is fast. Their weights, the
+        losses, the optimizers and Z stay in float32."""
+        model.to(self.device, memory_format=torch.channels_last)
+        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.amp)
+        model.forward = autocast(model.forward)  # casts weights and maps on their way
+        if self.args.compile:
+            torch._dynamo.config.cache_size_limit = 64  # T and S share code, in several modes
+            model.compile(dynamic=False)
+        return model
     def new_generator(self):
         """A brand-new pair Z, G: the images of an old one come to resemble each other."""
-        args, D, hidden_size = self.args, self.embeddings.shape[1] or NOISE_SIZE, 1000
-        # H = 1000 with Z [code]; without it, what G reads has the size of the input itself.
-        if args.noisy_layer == "off":  # G reads e_y itself: one image per class and step
-            self.noisy_layer, hidden_size = nn.BatchNorm1d(D) if args.lte_norm else nn.Identity(), D
-        else:
-            K = min(args.images_per_matrix or len(self.embeddings), args.synthesis_batch)
-            num_matrices = math.ceil(args.synthesis_batch / K)
-            self.noisy_layer = NoisyLayer(D, num_matrices, K, hidden_size, args.lte_norm)
-        self.generator = Generator(hidden_size, *self.shape, args.generator_width)
+        args, (C, D), hidden_size = self.args, self.label_embeddings.shape, 1000  # H [code]
+        D = NOISE_SIZE if args.label_input == "noise" else D
+        K = min(args.images_per_matrix or C, args.synthesis_batch)
+        self.noisy_layer = NoisyLayer(D, math.ceil(args.synthesis_batch / K), K, hidden_size)
+        if not args.lte_norm:
+            self.noisy_layer.norm = nn.Identity()
+        if args.noisy_layer == "off":  # G reads the normalised e_y: one image per class and step
+            self.noisy_layer, hidden_size = self.noisy_layer.norm, D
         self.noisy_layer.to(self.device)
-        self.generator.to(self.device, memory_format=torch.channels_last)
-        if args.compile:
-            extras.compile_network(self.generator)
-
-    def share(self, num_batches):
-        """This rank's share of an epoch's synthesis: number of batches, images in each."""
-        own = math.ceil(num_batches / self.ranks)
-        return own, math.ceil(num_batches * self.args.synthesis_batch / (own * self.ranks))
-
-    @cached_property  # the teacher is frozen: its weights are hashed once, not at every checkpoint
-    def checkpoint(self):
-        """Knows what must be the same on --resume: all that a number in the log depends on."""
-        free = ("out", "data_root", "device", "resume", "eval", "compile")  # change nothing
-        settings = {key: str(value) for key, value in vars(self.args).items() if key not in free}
-        settings |= dict(ranks=str(self.ranks), bank=self.bank)
-        settings["class names"] = ", ".join(self.info["class_names"])
-        settings["teacher's weights"] = extras.fingerprint(self.info, self.teacher.state_dict())
-        settings["label embeddings"] = extras.fingerprint({}, {"": self.embeddings})
-        return extras.Checkpoint(self.args.out, settings, self.rank, self.device)
-
-    def save(self, epoch, images):
-        """student.safetensors, and all that is needed to go on after `epoch`."""
-        about = dict(
-            architecture=self.args.student, accuracy=self.journal.rows[-1]["accuracy"],
-            trained_on=f"images synthesised from {self.args.teacher}, for {self.args.dataset}",
-            command=shlex.join(["python", *sys.argv]),
-        )  # fmt: skip
+        self.generator = self.place(Generator(hidden_size, *self.shape, args.generator_width))
+    def begin(self, epoch, steps):
+        """The epoch's random numbers, its row, its clock, its progress bar (none in a pipe)."""
+        key = repr((self.args.seed, epoch, self.rank))  # no two epochs or ranks share it
+        torch.manual_seed(random.Random(key).getrandbits(63))
+        for buffer in self.student.buffers() if self.ranks > 1 else ():
+            dist.broadcast(buffer, 0)  # BatchNorm's statistics: each rank has seen other images
+        self.row = {k: self.rows[-1][k] if self.rows else 0.0 for k in ("seconds", *self.SPENT)}
+        self.row["epoch"], self.clock, hide = epoch, time.perf_counter(), self.rank > 0 or None
+        self.bar = tqdm(total=steps, desc=f"epoch {epoch}", leave=False, disable=hide)
+    def lap(self, kind):
+        """The time since the last lap went into `kind`."""
+        self.clock, before = time.perf_counter(), self.clock
+        for name in ("seconds", f"seconds_{kind}"):
+            self.row[name] += self.clock - before
+    def note(self, losses, batch):
+        """Keep the losses of all steps (steps, n). UserError if one is not finite."""
+        for step, values in enumerate(losses.tolist()):
+            text = f"a loss became {values} in epoch {self.row['epoch']}, {batch}, step {step}"
+            check(all(map(math.isfinite, values)), f"{text}: lower the learning rate, or --no-amp")
+            self.steps.append((self.row["epoch"], batch, step, *values))
+    def end_epoch(self, images, labels):
+        """Print the epoch's row, then write all files."""
+        args, row, epoch = self.args, self.row, self.row["epoch"]
+        before = self.rows[-1]["seconds"] if self.rows else 0.0  # when this epoch began
+        ends = [v[3:6] for v in self.steps if v[0] == epoch and v[2] == args.generator_steps - 1]
+        row |= zip(self.STEP[3:6], (sum(v) / len(ends) for v in zip(*ends)))  # means of last steps
+        self.rows.append(row)  # of log.csv
+        row["best"] = max((r["accuracy"] for r in self.rows if "accuracy" in r), default=None)
+        ahead = args.warmup_epochs + args.epochs - 1 - epoch  # epochs
+        if epoch < args.warmup_epochs:  # those after it, by a guess: an image costs S half of G's
+            kd = args.student_steps * args.student_batch / args.generator_steps / 2
+            later = (args.batches + kd / args.synthesis_batch) / args.warmup_batches
+            ahead += args.epochs * (later - 1)
+        row |= dict(images=len(self.memory) * self.ranks, left=ahead * (row["seconds"] - before))
+        shown = ((row.get(name), form) for name, form in self.SHOWN.items())
+        cells = ("-" if value is None else format(value, form) for value, form in shown)
+        self.bar.close()  # before the line, which takes its place
+        self.say("".join(f"{cell:>9}" for cell in cells))
+        mine = dict(average=self.bn_loss.average, images=images.cpu(), labels=labels.cpu())
+        mine |= dict(generator=self.generator.state_dict(), noisy=self.noisy_layer.state_dict())
+        everyone = [mine] * self.ranks  # each rank has its own Z, G and average
+        if self.ranks > 1:  # to rank 0, which goes on when all have finished the epoch
+            dist.gather_object(mine, everyone if self.rank == 0 else None)
         if self.rank == 0:
-            save_model(self.args.out / "student.safetensors", self.student, self.info | about)
-        state = {name: getattr(self, name).state_dict() for name in self.STATEFUL}
-        self.checkpoint.save(epoch, state, images, self.memory)
-
+            self.write(epoch, everyone)
+    def write(self, epoch, everyone):
+        """The tables, a picture, the student, the epoch's images, and last the checkpoint."""
+        args, out, columns = self.args, self.args.out, [*self.SHOWN, *self.SPENT]
+        rows = [[row.get(name) for name in columns] for row in self.rows]
+        for name, table in (("log", [columns, *rows]), ("generator", [self.STEP, *self.steps])):
+            lines = (",".join("" if v is None else str(v) for v in row) for row in table)
+            text = "\n".join(lines) + "\n"
+            write_atomically(out / f"{name}.csv", partial(Path.write_text, data=text))
+        made = {k: torch.cat([one.pop(k) for one in everyone]) for k in ("images", "labels")}
+        last = {k: v[-args.synthesis_batch :] for k, v in made.items()}  # the epoch's last batch
+        draw = partial(draw_samples, class_names=self.names, **last)
+        write_atomically(out / f"samples/epoch_{epoch:03d}.png", draw)
+        info = {k: self.info[k] for k in ("class_names", "channels", "image_size", "mean", "std")}
+        source = f"images synthesised from {args.teacher}, for {args.dataset}"
+        info |= dict(architecture=args.student, accuracy=self.row.get("accuracy"))
+        info |= dict(trained_on=source, command=shlex.join(["python", *sys.argv]))
+        save_model(out / "student.safetensors", self.student, info)
+        write_atomically(out / f"memory/epoch_{epoch:03d}.pt", partial(torch.save, made))
+        state = dict(settings=self.settings, rows=self.rows, steps=self.steps, everyone=everyone)
+        state |= dict(student=self.student.state_dict(), optimizer=self.optimizer.state_dict())
+        write_atomically(out / "checkpoint.pt", partial(torch.save, state))
     def resume(self):
         """Go back to the checkpoint in --out, if there is one. Returns the epoch to begin with."""
-        state = self.checkpoint.open(self.args.resume, self.args.warmup_epochs)
-        if state is None:
+        args, path, self.rows, self.steps = self.args, self.args.out / "checkpoint.pt", [], []
+        # All that a number in the log depends on, as text: it must be the same on --resume.
+        self.settings = {k: str(v) for k, v in vars(args).items() if k not in self.FREE}
+        weights = sum(t.double().sum().item() for t in self.teacher.state_dict().values())
+        self.settings |= dict(ranks=str(self.ranks), names=str(self.names), weights=str(weights))
+        if not path.exists():
             return 0
-        with explained(f"{self.args.out} holds no checkpoint of this run"):
-            for name in self.STATEFUL:
-                getattr(self, name).load_state_dict(state[name])
-            return self.checkpoint.refill(self.memory)
-
+        check(args.resume, f"{args.out} holds a run: go on with --resume, or choose another --out")
+        load = partial(torch.load, map_location=self.device, weights_only=True)
+        with explained(f"{path} is not an intact checkpoint of this nayer.py"):
+            state = load(path)
+            self.rows, self.steps, old = state["rows"], state["steps"], state["settings"]
+            if len(self.rows) <= args.warmup_epochs:  # the cosine over --epochs has not begun
+                old["epochs"] = self.settings["epochs"]
+            new = self.settings
+            changed = [f"{k} {old.get(k)} -> {new[k]}" for k in new if old.get(k) != new[k]]
+            check(not changed, f"{path} is of a run with other settings: {'; '.join(changed)}")
+            mine = state["everyone"][self.rank]
+            self.student.load_state_dict(state["student"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.generator.load_state_dict(mine["generator"])
+            self.noisy_layer.load_state_dict(mine["noisy"])
+            self.bn_loss.average = mine["average"]  # of L_BN
+            for epoch in range(len(self.rows)):  # all of them, so that the ring stands as it did
+                images = load(args.out / f"memory/epoch_{epoch:03d}.pt")["images"]
+                self.memory.add(images.chunk(self.ranks)[self.rank])
+        return len(self.rows)
+    def finish(self):
+        """summary.json, curve.png, the last line on the console. Returns the summary."""
+        out, last = self.args.out, self.rows[-1]
+        summary = dict(student_accuracy=last.get("accuracy"), best_accuracy=last["best"])
+        summary |= dict(teacher_accuracy=self.teacher_accuracy, agree=last["agree"])
+        self.say("\n" + ", ".join(f"{k} {v or math.nan:.2%}" for k, v in summary.items()))
+        versions = dict(python=sys.version.split()[0], torch=torch.__version__)
+        summary |= dict(device=str(self.device), versions=versions, settings=self.settings) | last
+        if self.rank == 0:
+            text = json.dumps(summary, indent=2) + "\n"
+            write_atomically(out / "summary.json", partial(Path.write_text, data=text))
+            draw = partial(draw_curve, rows=self.rows, teacher_accuracy=self.teacher_accuracy)
+            write_atomically(out / "curve.png", draw)
+        if self.ranks > 1:
+            dist.destroy_process_group()
+        return summary
 
 # ---- The algorithm ------------------------------------------------------------------------------
-
-
 def main(argv=None):
     """Distil a teacher into a student. Returns the summary, a dict, as in summary.json.
-
     argv: a list of flags; None: those of the command line. Raises UserError for what the user can
-    put right. Everything is written to --out after every epoch, so nothing finished is ever lost.
-    """
+    put right. All is written to --out after every epoch, so nothing finished is ever lost."""
     args = parse_args(argv)
     run = Run(args)
-    first_epoch = run.resume()
     teacher, student, bn_loss, memory = run.teacher, run.student, run.bn_loss, run.memory
-    journal = run.journal
-    journal.header(run.info["class_names"], run.shape[1], run.teacher_accuracy, run.embeddings)
+    first_epoch = run.resume()
+    machine = f"{run.device}, {'bf16' if args.amp else 'float32'}, seed {args.seed}"
+    run.say(f"{args.dataset}: {args.teacher} -> {args.student}, {machine}")
+    run.say("".join(f"{name.removeprefix('loss_'):>9}" for name in run.SHOWN))
 
     for epoch in range(first_epoch, args.warmup_epochs + args.epochs):
         warm_up = epoch < args.warmup_epochs  # fills M; no L_adv, since S knows nothing yet
-        num_batches, batch_size = run.share(args.warmup_batches if warm_up else args.batches)
+        num_batches = run.share(args.warmup_batches if warm_up else args.batches)
+        student_steps = 0 if warm_up else args.student_steps  # S does not learn yet
+        run.begin(epoch, num_batches * args.generator_steps + student_steps)
         if epoch % args.generator_life == 0:
             run.new_generator()  # a brand-new Z and G; the average of L_BN lives on [code]
-        fresh, agree, score = [], None, None
-        student_steps = 0 if warm_up else args.student_steps
-        journal.begin(epoch, num_batches * args.generator_steps + student_steps)
+        fresh = []  # this epoch's images and their labels
         for batch in range(num_batches):
             if args.noisy_layer == "reinit":
                 run.noisy_layer.reinitialize()  # once per batch, not per step [code]
-            labels = class_sets(len(run.embeddings), batch_size, run.device)
+            labels = class_sets(len(run.names), args.synthesis_batch, run.device)
+            e_y = run.label_embeddings[labels]  # (B, D); one-hot rows with --label-input onehot
+            if args.label_input == "noise":
+                e_y = torch.randn(len(labels), NOISE_SIZE, device=run.device)
             images, losses = synthesize(
-                run.generator, run.noisy_layer, generator_inputs(labels, run.embeddings), labels,
-                teacher, student, bn_loss, run.augment, run.autocast, tick=journal.tick,
+                run.generator, run.noisy_layer, e_y, labels, teacher, student, bn_loss, run.augment,
                 steps=args.generator_steps, lr=args.generator_lr, alpha_ce=args.alpha_ce,
                 alpha_bn=args.alpha_bn, alpha_adv=0.0 if warm_up else args.alpha_adv,
-            )  # fmt: skip
-            journal.add_batch(batch, losses)
+                tick=run.bar.update,
+            )
+            run.note(losses, batch)
             bn_loss.update()  # the average moves once per batch, from the last step
-            fresh.append(images)
-        memory.add(fresh := torch.cat(fresh))
-        journal.lap("synthesis")
+            fresh.append((images, labels))  # uint8 (B, ch, H, W), (B,)
+        images, labels = map(torch.cat, zip(*fresh))
+        memory.add(images)
+        run.lap("synthesis")
 
-        # S learns only after the warm-up, when M holds enough. Test first: the fresh are new to it.
-        if not warm_up:
-            agree = agreement(teacher, student, fresh, run.augment, run.autocast)
-            journal.lap("evaluation")
+        if not warm_up:  # S learns, on all of M. Agreement first: the fresh images are new to it
+            run.row["agree"] = agreement(teacher, student, images, run.augment)
+            run.lap("evaluation")
             progress = (epoch - args.warmup_epochs) / args.epochs  # cosine from --lr to 2e-4
             rate = 2e-4 + (args.lr - 2e-4) * (1 + math.cos(math.pi * progress)) / 2
             run.optimizer.param_groups[0]["lr"] = rate
             losses = distill(
-                teacher, run.learner, memory, run.optimizer, run.augment, run.autocast,
-                steps=student_steps, batch=math.ceil(args.student_batch / run.ranks),
-                temperature=args.temperature, tick=journal.tick,
-            )  # fmt: skip
-            extras.same_buffers(student, run.ranks)
-            journal.add_distillation(losses)
-            journal.lap("distillation")
+                teacher, run.learner, memory, run.optimizer, run.augment, steps=student_steps,
+                batch=run.share(args.student_batch), temperature=args.temperature,
+                reuse=args.reuse, tick=run.bar.update,
+            )
+            run.row["loss_kd"] = losses.mean().item()
+            run.lap("distillation")  # the clock has seen all: mean().item() waits for the device
             if run.test:
-                score = accuracy(student, run.test, run.augment, run.autocast)
-        diversity = extras.class_diversity(teacher, images, labels, run.augment, run.autocast)
-        journal.lap("evaluation")
-        journal.add_epoch(memory, fresh, agree, score, diversity)
-        journal.draw(images, labels, run.info["class_names"])
-        run.save(epoch, fresh)
-    return journal.finish(run.teacher_accuracy, run.info["class_names"])
-
+                run.row["accuracy"] = accuracy(student, run.test, run.augment)
+                run.lap("evaluation")
+        run.end_epoch(images, labels)
+    return run.finish()
 
 if __name__ == "__main__":
-    extras.run_script(main)
+    run_script(main)
