@@ -35,7 +35,7 @@ Tags: [paper] stated in the paper, [code] only in the authors' code, [ours] our 
 algorithm is `main`, at the end. Paper: Tran et al., NAYER: Noisy Layer Data Generation for
 Efficient and Effective Data-free Knowledge Distillation, CVPR 2024, arXiv 2310.00258.
 """
-# fmt: off  (one blank line between definitions, none between methods: fewer screens to read)
+# fmt: off
 import argparse
 import contextlib
 import ctypes
