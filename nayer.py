@@ -401,7 +401,6 @@ def synthesize(
         images = generator(noisy_layer(inputs))  # x^ = G(Z(e_y))
         views = augment(images)  # afresh at each step; T and S see the same
         teacher_logits = teacher(views).float()  # and the hooks of bn_loss read along
-
         loss_ce = F.cross_entropy(teacher_logits, labels)  # be what y says
         loss_bn = bn_loss.value if alpha_bn else zero  # look like what T has seen
         loss_adv = adversarial_loss(student(views), teacher_logits) if alpha_adv else zero  # be new
@@ -646,7 +645,8 @@ def explained(message):
     except UserError:
         raise
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        lines = (str(error).strip() or type(error).__name__).splitlines()
+        reason = lines[-1 if "worker" in lines[0] else 0][:200]  # a worker's begins with its place
         raise UserError(f"{message} ({reason})") from error
 
 def write_atomically(path, write):
@@ -679,11 +679,10 @@ def run_script(main):
         print(f"\nstopped; {kept}", file=sys.stderr)
         sys.exit(143 if signum.args else 130)  # 128 + SIGTERM, 128 + SIGINT
     except (UserError, OSError, RuntimeError) as error:
-        line = (str(error).strip() or type(error).__name__).splitlines()[-1]
         known = [hint for part, hint in hints.items() if part in str(error)]
         if isinstance(error, RuntimeError) and not known:
             raise  # a fault of this program
-        line = known[0] if isinstance(error, RuntimeError) else line.split("UserError: ")[-1]
+        line = known[0] if isinstance(error, RuntimeError) else str(error).strip().splitlines()[-1]
         sys.exit(f"{Path(sys.argv[0]).name}: error: {line}")
 
 def pick_device(name):
@@ -725,7 +724,7 @@ def draw_samples(path, images, labels, class_names):
     cells = [column[row] for row in range(min(map(len, columns))) for column in columns]
     grid = utils.make_grid(torch.stack(cells), len(shown), padding=1, pad_value=255)
     axes = Figure(figsize=(0.7 * len(shown), 0.7 * len(cells) / len(shown) + 0.5)).subplots()
-    axes.imshow(grid.permute(1, 2, 0), interpolation="nearest")
+    axes.imshow(grid.permute(1, 2, 0).numpy(), interpolation="nearest")
     upright = max(map(len, names)) > 10  # long names stand
     axes.set_xticks([side * (k + 0.5) for k in range(len(names))], names, rotation=90 * upright)
     axes.tick_params(length=0, labeltop=True, labelbottom=False, labelleft=False)
@@ -838,12 +837,12 @@ class Run:
         self.clock, before = time.perf_counter(), self.clock
         for name in ("seconds", f"seconds_{kind}"):
             self.row[name] += self.clock - before
-    def note(self, losses, batch):
-        """Keep the losses of all steps (steps, n). UserError if one is not finite."""
-        for step, values in enumerate(losses.tolist()):
-            text = f"a loss became {values} in epoch {self.row['epoch']}, {batch}, step {step}"
+    def finite(self, losses, place):
+        """losses (steps, n) as lists. UserError that names the first step with one not finite."""
+        for step, values in enumerate(rows := losses.tolist()):
+            text = f"a loss became {values} in epoch {self.row['epoch']}, {place} step {step}"
             check(all(map(math.isfinite, values)), f"{text}: lower the learning rate, or --no-amp")
-            self.steps.append((self.row["epoch"], batch, step, *values))
+        return rows
     def end_epoch(self, images, labels):
         """Print the epoch's row, then write all files."""
         args, row, epoch = self.args, self.row, self.row["epoch"]
@@ -941,8 +940,7 @@ def main(argv=None):
     """Distil a teacher into a student. Returns the summary, a dict, as in summary.json.
     argv: a list of flags; None: those of the command line. Raises UserError for what the user can
     put right. All is written to --out after every epoch, so nothing finished is ever lost."""
-    args = parse_args(argv)
-    run = Run(args)
+    run = Run(args := parse_args(argv))
     teacher, student, bn_loss, memory = run.teacher, run.student, run.bn_loss, run.memory
     first_epoch = run.resume()
     machine = f"{run.device}, {'bf16' if args.amp else 'float32'}, seed {args.seed}"
@@ -970,7 +968,8 @@ def main(argv=None):
                 alpha_bn=args.alpha_bn, alpha_adv=0.0 if warm_up else args.alpha_adv,
                 tick=run.bar.update,
             )
-            run.note(losses, batch)
+            losses = enumerate(run.finite(losses, f"batch {batch},"))
+            run.steps += [(epoch, batch, step, *values) for step, values in losses]
             bn_loss.update()  # the average moves once per batch, from the last step
             fresh.append((images, labels))  # uint8 (B, ch, H, W), (B,)
         images, labels = map(torch.cat, zip(*fresh))
@@ -988,8 +987,9 @@ def main(argv=None):
                 batch=run.share(args.student_batch), temperature=args.temperature,
                 reuse=args.reuse, tick=run.bar.update,
             )
+            run.finite(losses[:, None], "student")  # waits for the device
             run.row["loss_kd"] = losses.mean().item()
-            run.lap("distillation")  # the clock has seen all: mean().item() waits for the device
+            run.lap("distillation")
             if run.test:
                 run.row["accuracy"] = accuracy(student, run.test, run.augment)
                 run.lap("evaluation")
