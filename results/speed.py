@@ -29,10 +29,9 @@ from torchvision import transforms
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import extras  # noqa: E402
 import nayer  # noqa: E402
 
-MEAN, STD = extras.IMAGES["cifar10"][2:]
+MEAN, STD = nayer.IMAGES["cifar10"][2:]
 STEPS = 10  # timed steps of a comparison
 FEW = 3  # where one goes before that does not count: elsewhere, and of the slow plain generator
 
@@ -146,7 +145,7 @@ def shipped(*flags):
         command += f" --generator-steps {STEPS} --student-steps {STEPS} --out {out}/run"
         subprocess.run([sys.executable, *command.split(), *flags], cwd=ROOT, check=True, stdout=-3)
         summary = json.loads((Path(out) / "run" / "summary.json").read_text())
-    return summary["seconds_per_generator_step"], summary["seconds_per_student_step"]
+    return summary["seconds_synthesis"] / STEPS, summary["seconds_distillation"] / STEPS
 
 
 def compare(rounds=3):
@@ -178,20 +177,19 @@ def parts(synthesis_batch=400, bank_size=2000, flags=""):
     args = f"--dataset cifar10 --no-eval --out none --synthesis-batch {synthesis_batch} {flags}"
     run = nayer.Run(nayer.parse_args(args.split()))
     labels = nayer.class_sets(10, synthesis_batch, run.device)
-    inputs = nayer.generator_inputs(labels, run.embeddings)
+    inputs = run.label_embeddings[labels]
     memory = nayer.MemoryBank(bank_size, 3, 32, run.device)
     memory.add(torch.randint(256, memory.images.shape, dtype=torch.uint8, device=run.device))
 
     def synthesis(steps):
         return nayer.synthesize(
             run.generator, run.noisy_layer, inputs, labels, run.teacher, run.student, run.bn_loss,
-            run.augment, run.autocast, steps=steps, lr=4e-3, alpha_ce=0.5, alpha_bn=10.0,
-            alpha_adv=1.33,
+            run.augment, steps=steps, lr=4e-3, alpha_ce=0.5, alpha_bn=10.0, alpha_adv=1.33,
         )[1].sum().item()  # fmt: skip
 
     def distillation(steps, batch=512):
         return nayer.distill(
-            run.teacher, run.student, memory, run.optimizer, run.augment, run.autocast,
+            run.teacher, run.student, memory, run.optimizer, run.augment,
             steps=steps, batch=batch, temperature=20.0,
         ).sum().item()  # fmt: skip
 
@@ -225,7 +223,7 @@ def size():
 
 
 def limit():
-    device = extras.pick_device("auto")[0]
+    device = nayer.pick_device("auto")[0]
     matrix = torch.randn(4096, 4096, dtype=torch.bfloat16, device=device)
     took = seconds(lambda times: [matrix @ matrix for _ in range(times)][0][0, 0].item())
     print(f"matrix product: {2 * 4096**3 / took / 1e12:.3f} TFLOP/s in bf16")
@@ -250,7 +248,6 @@ if __name__ == "__main__":
     if action == "plain":
         print(*plain_loop())
     elif action in ("compare", "profile", "size", "limit"):
-        extras.keep_freed_memory()  # as nayer.py does when it runs as a program
-        globals()[action]()
+        nayer.run_script(globals()[action])
     else:
         sys.exit(__doc__)
