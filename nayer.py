@@ -756,7 +756,7 @@ class Run:
     FREE = "out data_root device resume eval compile".split()  # flags that change no number
     SHOWN = dict(epoch="d", images="d", loss_ce=".4f", loss_bn=".4f", loss_adv=".4f", loss_kd=".4f")
     SHOWN |= dict(agree=".1%", accuracy=".2%", best=".2%", seconds=".1f", left=".0f")  # on a line
-    SPENT = "seconds_synthesis", "seconds_distillation", "seconds_evaluation", "seconds_other"
+    SPENT = "seconds_synthesis", "seconds_distillation", "seconds_evaluation"  # since the start
     STEP = "epoch batch step loss_ce loss_bn loss_adv loss".split()  # a row of generator.csv
     def __init__(self, args):
         self.args, (self.device, fast_bf16) = args, pick_device(args.device)
