@@ -24,8 +24,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 
-os.environ |= dict(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")  # wait for no hub; tiny tensors
-torch.set_num_threads(1)
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may wait for a hub
 import nayer  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
@@ -229,14 +228,14 @@ def test_a_compiled_teacher_is_one_graph_and_gives_the_same_losses():
     torch.testing.assert_close(small_synthesis(teacher=teacher)[1], plain, atol=1e-3, rtol=1e-3)
 def test_the_images_kept_are_those_of_the_best_step_without_augmentation(monkeypatch):
     seen, forward = [], nayer.Generator.forward
-    def spy(self, hidden):
-        seen.append(forward(self, hidden))
-        return seen[-1]
+    spy = lambda self, hidden: seen.append(forward(self, hidden)) or seen[-1]  # noqa: E731
     monkeypatch.setattr(nayer.Generator, "forward", spy)
-    images, losses, _ = small_synthesis(steps=6, lr=30.0)  # so large that an early one is best
-    best = losses[:, 3].argmin().item()
-    assert best != 5
-    assert torch.equal(images, (seen[best].detach() * 255).round().byte())
+    for lr in (10.0, 30.0, 100.0, 300.0):  # with one of them an early step is best
+        seen.clear()
+        images, losses, _ = small_synthesis(steps=6, lr=lr)
+        if (best := losses[:, 3].argmin().item()) != 5:
+            break
+    assert best != 5 and torch.equal(images, (seen[best].detach() * 255).round().byte())
 def small_distillation(reuse, steps, lr=0.05, seen=None):
     images, _, parts = small_synthesis()
     teacher, student, memory = parts["teacher"], parts["student"], nayer.MemoryBank(100, 3, 16)
@@ -490,11 +489,11 @@ def test_the_project_keeps_its_shape():
     source = readme("nayer.py")
     lines, tree = source.splitlines(), ast.parse(source)
     assert len(lines) <= 1000 and max(map(len, lines)) <= 100
-    assert len(readme("test_nayer.py").splitlines()) <= 1000
-    assert len(readme("README.md").splitlines()) <= 200
+    assert readme("test_nayer.py").count("\n") <= 1000 and readme("README.md").count("\n") <= 200
     text = {i for i, line in enumerate(lines, 1) if re.search(r"(^|  ) *# ", line)}
     for node in ast.walk(tree):
-        if ast.get_docstring(node) if hasattr(node, "name") or node is tree else None:
+        kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
+        if isinstance(node, kinds) and ast.get_docstring(node):
             text |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
         if isinstance(node, ast.FunctionDef) and node.name != "parse_args":
             assert node.end_lineno - node.lineno < 60, node.name
@@ -727,7 +726,8 @@ def test_torchrun_shares_the_student_and_splits_the_images(tiny_bert, tmp_path):
     flags = [*TINY, "--device", "cpu", "--batches", "2", "--bank-size", "60", "--epochs", "2"]
     flags += ["--out", str(tmp_path / "run"), "--text-encoder", tiny_bert]  # each rank embeds
     command = "-m torch.distributed.run --standalone --nproc-per-node 2 nayer.py".split()
-    done = subprocess.run([sys.executable, *command, *flags], cwd=HERE, capture_output=True, text=True)
+    how = dict(cwd=HERE, capture_output=True, text=True, env=os.environ | dict(OMP_NUM_THREADS="1"))
+    done = subprocess.run([sys.executable, *command, *flags], **how)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "destroy_process_group" not in done.stderr and "rror" not in done.stderr
     out = tmp_path / "run"
