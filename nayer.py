@@ -66,6 +66,7 @@ from tqdm import tqdm
 SHIPPED = Path(__file__).resolve().parent / "teachers"  # trained teachers, label embeddings
 TEXT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"  # the shipped embeddings are its
 NOISE_SIZE = 256  # numbers per image, for --label-input noise
+PRESETS = ["digits", "cifar10", "cifar100", "tiny_imagenet", "cpu"]  # columns in parse_args
 SMALL = 64  # pixels; larger images need a deeper generator [code], and stay on disk until needed
 IMAGES = dict(  # pixels, channels, mean and standard deviation per channel
     digits=(16, 1, [0.3052], [0.3185]),
@@ -87,15 +88,17 @@ def number(kind, low, high=math.inf):
 
 def parse_args(argv=None):
     """The command line -> a Namespace. A wrong one ends with one line on stderr and exit code 2.
-    A tuple of defaults is a preset: for digits [ours: small, for a laptop; a weak L_adv keeps the
+    A tuple of defaults has a value for each preset: digits [ours: small; a weak L_adv keeps the
     images legible], cifar10, cifar100, tiny_imagenet [code: the authors' scripts; the defaults of
-    their parser differ and belong to no published result]. A folder is treated as cifar10."""
+    their parser belong to no published result], cpu [ours: the best wrn16_1 in 40 minutes on two
+    cores]. A folder is treated as cifar10."""
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # which preset?
-    early.add_argument("--dataset", nargs="?")
-    early.add_argument("--teacher", nargs="?")
+    for flag in ("--dataset", "--teacher", "--preset"):
+        early.add_argument(flag, nargs="?")
     known = early.parse_known_args(argv)[0]  # all other flags may still be wrong
-    dataset = known.dataset or ("folder" if ".py:" in (known.teacher or "") else "digits")
-    column = dict(digits=0, cifar100=2, tiny_imagenet=3).get(dataset, 1)  # of the presets
+    data = known.dataset or ("folder" if ".py:" in (known.teacher or "") else "digits")
+    preset = known.preset or (data if data in PRESETS else "cifar10")
+    column = PRESETS.index(preset) if preset in PRESETS else 0  # argparse refuses it below
     look = dict(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
     parser = argparse.ArgumentParser("nayer.py", description=__doc__.split("\n")[0], **look)
     parser.error = lambda message: parser.exit(2, f"nayer.py: error: {message}\n")
@@ -106,7 +109,8 @@ def parse_args(argv=None):
         how = dict(action=kind) if kind in (switch, "store_true") else dict(type=kind)
         group.add_argument(flag, default=default, help=text, **how, **more)
     group = parser.add_argument_group("run")
-    add("--dataset", str, dataset, "preset, and the images to score on", choices=IMAGES)
+    add("--dataset", str, data, "the images to score on", choices=IMAGES)
+    add("--preset", str, preset, "whose defaults; cpu: the best in 40 minutes", choices=PRESETS)
     add("--data-root", Path, Path("data"), "folder of the data sets, for scoring alone")
     add("--out", Path, None, "folder to write to (None: runs/<dataset>-<teacher>-<student>)")
     add("--seed", number(int, 0, 2**63 - 1), 0, "of all random numbers")
@@ -114,28 +118,28 @@ def parse_args(argv=None):
     add("--resume", "store_true", False, "go on after the last finished epoch of the run in --out")
     add("--eval", switch, True, "score the student on real test images after every epoch")
     group = parser.add_argument_group("networks and class names")
-    add("--teacher", str, ("wrn16_2", *["wrn40_2"] * 3), "T: name, model file, file.py:function")
-    add("--student", str, ("wrn16_1", *["wrn16_2"] * 3), "S: wrn16_1, ..., or file.py:function")
+    add("--teacher", str, ("wrn16_2", *["wrn40_2"] * 4), "T: name, model file, file.py:function")
+    add("--student", str, ("wrn16_1", *["wrn16_2"] * 3, "wrn16_1"), "S: name, or file.py:function")
     add("--class-names", Path, None, "file with a name per line (None: those of the teacher)")
     add("--text-encoder", str, TEXT_ENCODER, "Hugging Face name, or local folder")
     add("--image-size", number(int, 8, 224), None, "pixels, a multiple of 4 (None: the teacher's)")
     add("--mean", float, None, "per channel, as T was trained (None: its file says)", nargs="+")
     add("--std", number(float, 1e-6), None, "likewise", nargs="+")
-    add("--prompt", str, ("a photo of the digit {class}", *["a photo of {class}"] * 3), "to embed")
+    add("--prompt", str, ("a photo of the digit {class}", *["a photo of {class}"] * 4), "to embed")
     group = parser.add_argument_group("loop")
-    add("--warmup-epochs", number(int, 0), (2, 20, 20, 20), "epochs that only fill the memory bank")
-    add("--warmup-batches", count, (4, 10, 10, 20), "batches synthesised per epoch of the warm-up")
-    add("--epochs", count, (8, 100, 100, 100), "E: epochs that follow, with distillation")
-    add("--batches", count, (1, 2, 2, 4), "batches synthesised in each of these")
+    add("--warmup-epochs", number(int, 0), (2, 20, 20, 20, 6), "epochs that only fill M")
+    add("--warmup-batches", count, (4, 10, 10, 20, 6), "batches synthesised in each of these")
+    add("--epochs", count, (8, 100, 100, 100, 25), "E: epochs that follow, with distillation")
+    add("--batches", count, (1, 2, 2, 4, 2), "likewise, in each of these")
     group = parser.add_argument_group("generator")
-    add("--synthesis-batch", number(int, 2), (100, 400, 400, 200), "B: images in a batch")
-    add("--generator-steps", count, (18, 30, 40, 60), "g: steps of Z and G for a batch")
+    add("--synthesis-batch", number(int, 2), (100, 400, 400, 200, 200), "B: images in a batch")
+    add("--generator-steps", count, (18, 30, 40, 60, 8), "g: steps of Z and G for a batch")
     add("--generator-lr", positive, 4e-3, "of Adam, which starts afresh with every batch")
-    add("--generator-life", count, 10, "epochs after which a brand-new generator replaces it")
-    add("--generator-width", count, (32, 64, 64, 64), "f: channels of its last hidden layer")
-    add("--alpha-ce", weight, (1.0, 0.5, 0.5, 0.5), "weight of L_CE")
-    add("--alpha-bn", weight, (3.0, 10.0, 10.0, 10.0), "weight of L_BN; 0 if T has no BatchNorm")
-    add("--alpha-adv", weight, (0.2, 1.33, 1.33, 1.33), "weight of L_adv, off in the warm-up")
+    add("--generator-life", count, (*[10] * 4, 1000), "epochs until a new generator replaces it")
+    add("--generator-width", count, (32, *[64] * 4), "f: channels of its last hidden layer")
+    add("--alpha-ce", weight, (1.0, *[0.5] * 4), "weight of L_CE")
+    add("--alpha-bn", weight, (3.0, *[10.0] * 4), "weight of L_BN; 0 if T has no BatchNorm")
+    add("--alpha-adv", weight, (0.2, *[1.33] * 4), "weight of L_adv, off in the warm-up")
     add("--bn-momentum", number(float, 0, 1), 0.9, "share of the moving average in L_BN; 0: none")
     add("--label-input", str, "lte", "what Z reads", choices=["lte", "onehot", "noise"])
     kinds = ["reinit", "fixed", "off"]  # Z drawn for each batch; once; no Z at all
@@ -143,14 +147,15 @@ def parse_args(argv=None):
     add("--images-per-matrix", count, None, "that share a matrix of Z (None: one of each class)")
     add("--lte-norm", switch, True, "the BatchNorm between the LTE and Z")
     group = parser.add_argument_group("student")
-    add("--student-steps", count, (64, 400, 400, 1000), "distillation steps per epoch")
-    add("--student-batch", number(int, 2), (128, 512, 512, 256), "images in a distillation step")
-    add("--reuse", count, (4, 1, 1, 1), "R: times that S learns from an answer of T")
-    add("--lr", positive, (0.2, 0.2, 0.2, 0.1), "of SGD (momentum 0.9), cosine over E to 2e-4")
+    add("--student-steps", count, (64, 400, 400, 1000, 580), "distillation steps per epoch")
+    add("--student-batch", number(int, 2), (128, 512, 512, 256, 64), "images in a student step")
+    add("--reuse", count, (4, 1, 1, 1, 4), "R: times that S learns from an answer of T")
+    add("--mix", number(float, 0, 1), (*[0.0] * 4, 0.5), "share of views blended with another")
+    add("--lr", positive, (0.2, 0.2, 0.2, 0.1, 0.2), "of SGD (momentum 0.9), cosine over E to 2e-4")
     add("--temperature", positive, 20.0, "tau: softens the answers of T and S in L_KD")
     add("--bank-size", count, None, "most images kept, the oldest give way (None: all are kept)")
-    add("--crop-padding", number(int, 0, 28), (1, 4, 4, 4), "zeros around an image before its crop")
-    add("--flip", switch, (False, True, True, True), "mirror half of the images")
+    add("--crop-padding", number(int, 0, 28), (1, *[4] * 4), "zeros around an image to crop")
+    add("--flip", switch, (False, *[True] * 4), "mirror half of the images")
     group = parser.add_argument_group("speed")
     add("--amp", switch, None, "bf16 autocast (None: where the device is fast with it)")
     add("--compile", switch, False, "torch.compile for T, S and G")
@@ -159,8 +164,7 @@ def parse_args(argv=None):
         parser.error(f"--prompt {args.prompt!r}: write {{class}} where the class name belongs")
     if args.image_size and args.image_size % 4:
         parser.error(f"--image-size {args.image_size} is not a multiple of 4")
-    names = (dataset, Path(args.teacher).stem, Path(args.student).stem)
-    args.out = args.out or Path("runs", "-".join(names))
+    args.out = args.out or Path(f"runs/{data}-{Path(args.teacher).stem}-{Path(args.student).stem}")
     return args
 
 # ---- Label-text embeddings (LTE) ------------------------------------------------------------ e_y
@@ -181,8 +185,7 @@ def label_text_embeddings(class_names, encoder, prompt):
         from transformers import AutoModel, AutoTokenizer
         tokenizer = AutoTokenizer.from_pretrained(encoder, trust_remote_code=False)
         model = AutoModel.from_pretrained(encoder, use_safetensors=True, trust_remote_code=False)
-    names = [re.sub("[_-]", " ", name) for name in class_names]  # [code]
-    texts = [prompt.replace("{class}", name) for name in names]
+    texts = [prompt.replace("{class}", re.sub("[_-]", " ", name)) for name in class_names]  # [code]
     padding = "max_length" if model.config.model_type.startswith("siglip") else True  # as trained
     how = dict(truncation=True, return_tensors="pt", return_token_type_ids=False)
     tokens, model = tokenizer(texts, padding=padding, **how), model.eval()
@@ -383,10 +386,8 @@ class Augment:
         return self.normalize(images)
 
 # ---- Half-step 1. Over G and Z, minimise alpha_ce L_CE + alpha_bn L_BN + alpha_adv L_adv ---------
-def synthesize(
-    generator, noisy_layer, inputs, labels, teacher, student, bn_loss, augment,
-    *, steps, lr, alpha_ce, alpha_bn, alpha_adv, tick=lambda: None,
-):
+def synthesize(generator, noisy_layer, inputs, labels, teacher, student, bn_loss, augment,
+               *, steps, lr, alpha_ce, alpha_bn, alpha_adv, tick=lambda: None):
     """One batch of images for `labels` (B,), from `inputs` (B, D), by `steps` steps of a new Adam.
     Returns the images of the step with the lowest total loss, before augmentation, uint8
     (B, ch, H, W), and the losses of every step (steps, 4): L_CE, L_BN, L_adv, their weighted sum.
@@ -419,19 +420,21 @@ def synthesize(
     return (best_images * 255).round().byte(), torch.stack(history)
 
 # ---- Half-step 2. Over S, minimise L_KD on images from M -----------------------------------------
-def distill(
-    teacher, student, memory, optimizer, augment,
-    *, steps, batch, temperature, reuse=1, tick=lambda: None,
-):
+def distill(teacher, student, memory, optimizer, augment,
+            *, steps, batch, temperature, reuse=1, mix=0.0, tick=lambda: None):
     """One epoch: `steps` student steps on batches from M. Returns L_KD at every step (steps,).
     Nothing but T's softened answers is learnt from; the labels that G was asked for play no part.
     reuse R > 1 [ours]: T, most of the cost, answers a pool of 16 batches once, and S passes R times
-    over these pairs of view and answer. R = 1 is the paper's: new views at every step."""
+    over these pairs of view and answer. R = 1 is the paper's: new views at every step.
+    mix [ours]: share of views that are blended with another, at a weight drawn from [0, 1]."""
     student.train().requires_grad_(True)
     history, pool = [], 16 if reuse > 1 else 1  # batches
     for step in range(steps):
         if step % (pool * reuse) == 0:  # a new pool of views, and T's answers to them
             views = augment(memory.sample(pool * batch).float() / 255)
+            if mix:
+                weight, chosen = torch.rand(2, len(views), 1, 1, 1, device=views.device)
+                views = views.lerp(views.roll(1, 0), weight * (chosen < mix))
             with torch.no_grad():
                 answers = torch.cat([teacher(part) for part in views.split(batch)])
         if step % pool == 0:  # a new pass over the pool, in another order
@@ -542,8 +545,7 @@ def network_from_file(place):
         sys.path.insert(0, str(Path(path).resolve().parent))  # for what lies beside it
         model = runpy.run_path(path)[function]()  # runs that file
         model = model.module if isinstance(model, nn.DataParallel) else model
-        kind = type(model).__name__
-        check(isinstance(model, nn.Module), f"{place} returns a {kind}, not an nn.Module")
+        check(isinstance(model, nn.Module), f"{place}: {type(model).__name__}, not an nn.Module")
         return model.cpu().float().requires_grad_(True)
 
 @torch.no_grad()
@@ -672,15 +674,16 @@ def run_script(main):
     command = shlex.join(["python", *(arg for arg in sys.argv if arg != "--resume")])
     command = "the same torchrun command and" if "RANK" in os.environ else command
     kept = f"finished epochs are kept: go on with {command} --resume"
-    hints = {"memory": "out of memory: lower --synthesis-batch, --student-batch or --bank-size"}
-    hints["by peer"] = hints["NCCL"] = f"another process of this run has ended; {kept}"
+    hints = {"by peer|NCCL": f"another process of this run has ended; {kept}"}
+    memory = "out of memory: lower --synthesis-batch, --student-batch or --bank-size"
+    hints["out of memory|allocate memory|tried to allocate"] = memory
     try:
         main()
     except KeyboardInterrupt as signum:
         print(f"\nstopped; {kept}", file=sys.stderr)
         sys.exit(143 if signum.args else 130)  # 128 + SIGTERM, 128 + SIGINT
     except (UserError, OSError, RuntimeError) as error:
-        known = [hint for part, hint in hints.items() if part in str(error)]
+        known = [hint for part, hint in hints.items() if re.search(part, str(error))]
         if isinstance(error, RuntimeError) and not known:
             raise  # a fault of this program
         line = known[0] if isinstance(error, RuntimeError) else str(error).strip().splitlines()[-1]
@@ -753,7 +756,7 @@ class Run:
     checkpoint.pt is written last in every epoch, so that a kill at any moment leaves this epoch's
     state or the one before; memory/ holds the bank's images, a file an epoch. No random state is
     kept: the numbers of an epoch follow from --seed, the epoch and the rank alone [ours]."""
-    FREE = "out data_root device resume eval compile".split()  # flags that change no number
+    FREE = "out preset data_root device resume eval compile".split()  # flags that change no number
     SHOWN = dict(epoch="d", images="d", loss_ce=".4f", loss_bn=".4f", loss_adv=".4f", loss_kd=".4f")
     SHOWN |= dict(agree=".1%", accuracy=".2%", best=".2%", seconds=".1f", left=".0f")  # on a line
     SPENT = "seconds_synthesis", "seconds_distillation", "seconds_evaluation"  # since the start
@@ -858,10 +861,9 @@ class Run:
             later = (args.batches + kd / args.synthesis_batch) / args.warmup_batches
             ahead += args.epochs * (later - 1)
         row |= dict(images=len(self.memory) * self.ranks, left=ahead * (row["seconds"] - before))
-        shown = ((row.get(name), form) for name, form in self.SHOWN.items())
-        cells = ("-" if value is None else format(value, form) for value, form in shown)
+        cells = ((row.get(name), form) for name, form in self.SHOWN.items())
         self.bar.close()  # before the line, which takes its place
-        self.say("".join(f"{cell:>9}" for cell in cells))
+        self.say("".join(f"{'-' if v is None else format(v, form):>9}" for v, form in cells))
         mine = dict(average=self.bn_loss.average, images=images.cpu(), labels=labels.cpu())
         mine |= dict(generator=self.generator.state_dict(), noisy=self.noisy_layer.state_dict())
         everyone = [mine] * self.ranks  # each rank has its own Z, G and average
@@ -874,17 +876,16 @@ class Run:
         args, out, columns = self.args, self.args.out, [*self.SHOWN, *self.SPENT]
         rows = [[row.get(name) for name in columns] for row in self.rows]
         for name, table in (("log", [columns, *rows]), ("generator", [self.STEP, *self.steps])):
-            lines = (",".join("" if v is None else str(v) for v in row) for row in table)
-            text = "\n".join(lines) + "\n"
+            cells = (["" if v is None else str(v) for v in row] for row in table)
+            text = "".join(",".join(row) + "\n" for row in cells)
             write_atomically(out / f"{name}.csv", partial(Path.write_text, data=text))
         made = {k: torch.cat([one.pop(k) for one in everyone]) for k in ("images", "labels")}
         last = {k: v[-args.synthesis_batch :] for k, v in made.items()}  # the epoch's last batch
         draw = partial(draw_samples, class_names=self.names, **last)
         write_atomically(out / f"samples/epoch_{epoch:03d}.png", draw)
         info = {k: self.info[k] for k in ("class_names", "channels", "image_size", "mean", "std")}
-        source = f"images synthesised from {args.teacher}, for {args.dataset}"
-        info |= dict(architecture=args.student, trained_on=source, command=shlex.join(sys.argv))
-        info["accuracy"] = self.row.get("accuracy")
+        info |= dict(architecture=args.student, accuracy=self.row.get("accuracy"))
+        info |= dict(trained_on=f"images made from {args.teacher}", command=shlex.join(sys.argv))
         save_model(out / "student.safetensors", self.student, info)
         write_atomically(out / f"memory/epoch_{epoch:03d}.pt", partial(torch.save, made))
         state = dict(settings=self.settings, rows=self.rows, steps=self.steps, everyone=everyone)
@@ -916,8 +917,8 @@ class Run:
             self.noisy_layer.load_state_dict(mine["noisy"])
             self.bn_loss.average = mine["average"]  # of L_BN
             for epoch in range(len(self.rows)):  # all of them, so that the ring stands as it did
-                images = load(args.out / f"memory/epoch_{epoch:03d}.pt")["images"]
-                self.memory.add(images.chunk(self.ranks)[self.rank])
+                made = load(args.out / f"memory/epoch_{epoch:03d}.pt")
+                self.memory.add(made["images"].chunk(self.ranks)[self.rank])
         return len(self.rows)
     def finish(self):
         """summary.json, curve.png, the last line on the console. Returns the summary."""
@@ -944,8 +945,9 @@ def main(argv=None):
     run = Run(args := parse_args(argv))
     teacher, student, bn_loss, memory = run.teacher, run.student, run.bn_loss, run.memory
     first_epoch = run.resume()
-    machine = f"{run.device}, {'bf16' if args.amp else 'float32'}, seed {args.seed}"
-    run.say(f"{args.dataset}: {args.teacher} -> {args.student}, {machine}")
+    run.say(f"{args.dataset}: {args.teacher} -> {args.student}, {run.device}{', bf16' * args.amp}")
+    if run.device.type == "cpu" and args.preset in PRESETS[1:4]:
+        run.say("the published settings take days on a CPU; --preset cpu takes 40 minutes")
     run.say("".join(f"{name.removeprefix('loss_'):>9}" for name in run.SHOWN))
     for epoch in range(first_epoch, args.warmup_epochs + args.epochs):
         warm_up = epoch < args.warmup_epochs  # fills M; no L_adv, since S knows nothing yet
@@ -966,8 +968,7 @@ def main(argv=None):
                 run.generator, run.noisy_layer, e_y, labels, teacher, student, bn_loss, run.augment,
                 steps=args.generator_steps, lr=args.generator_lr, alpha_ce=args.alpha_ce,
                 alpha_bn=args.alpha_bn, alpha_adv=0.0 if warm_up else args.alpha_adv,
-                tick=run.bar.update,
-            )
+                tick=run.bar.update)
             losses = enumerate(run.finite(losses, f"batch {batch},"))
             run.steps += [(epoch, batch, step, *values) for step, values in losses]
             bn_loss.update()  # the average moves once per batch, from the last step
@@ -985,8 +986,7 @@ def main(argv=None):
             losses = distill(
                 teacher, run.learner, memory, run.optimizer, run.augment, steps=student_steps,
                 batch=run.share(args.student_batch), temperature=args.temperature,
-                reuse=args.reuse, tick=run.bar.update,
-            )
+                reuse=args.reuse, mix=args.mix, tick=run.bar.update)
             run.finite(losses[:, None], "student")  # waits for the device
             run.row["loss_kd"] = losses.mean().item()
             run.lap("distillation")

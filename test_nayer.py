@@ -222,8 +222,7 @@ def test_synthesis_lowers_its_loss_and_skips_terms_of_weight_0():
     assert losses[-5:, 3].mean() < 0.95 * losses[:5, 3].mean()
     assert (small_synthesis(alpha_bn=0.0, alpha_adv=0.0)[1][:, 1:3] == 0).all()
 def test_a_compiled_teacher_is_one_graph_and_gives_the_same_losses():
-    _, plain, _ = small_synthesis()
-    teacher = small_teacher()
+    plain, teacher = small_synthesis()[1], small_teacher()
     teacher.compile(backend="eager", fullgraph=True)  # all but the generated code
     torch.testing.assert_close(small_synthesis(teacher=teacher)[1], plain, atol=1e-3, rtol=1e-3)
 def test_the_images_kept_are_those_of_the_best_step_without_augmentation(monkeypatch):
@@ -236,16 +235,17 @@ def test_the_images_kept_are_those_of_the_best_step_without_augmentation(monkeyp
         if (best := losses[:, 3].argmin().item()) != 5:
             break
     assert best != 5 and torch.equal(images, (seen[best].detach() * 255).round().byte())
-def small_distillation(reuse, steps, lr=0.05, seen=None):
-    images, _, parts = small_synthesis()
+def small_distillation(reuse, steps, lr=0.05, seen=None, images=None, **more):
+    made, _, parts = small_synthesis()
     teacher, student, memory = parts["teacher"], parts["student"], nayer.MemoryBank(100, 3, 16)
-    memory.add(images)
+    memory.add(made if images is None else images)
     if seen is not None:
         teacher.register_forward_pre_hook(lambda m, x: seen.append(x[0]))
         student.register_forward_pre_hook(lambda m, x: seen.append(x[0]))
     optimizer = torch.optim.SGD(student.parameters(), lr, 0.9)
     common = (teacher, student, memory, optimizer, parts["augment"])
-    return nayer.distill(*common, steps=steps, batch=16, temperature=4.0, reuse=reuse), parts
+    how = dict(steps=steps, batch=16, temperature=4.0, reuse=reuse, **more)
+    return nayer.distill(*common, **how), parts
 def test_distillation_lowers_its_loss_and_leaves_the_teacher_alone():
     losses, parts = small_distillation(1, 60)
     assert losses.shape == (60,) and losses[-15:].mean() < 0.7 * losses[:15].mean()
@@ -260,6 +260,15 @@ def test_reuse_asks_the_teacher_once_for_a_view_that_the_student_sees_r_times():
         rows = answered[(answered.double() @ torch.arange(answered.shape[1]).double()).argsort()]
         assert all(torch.equal(rows, part) for part in order)
         assert not torch.equal(learnt[0], learnt[1])
+def test_mixing_blends_a_share_of_the_views_and_the_teacher_answers_the_blend():
+    seen, images = [], torch.tensor([0, 255]).byte().view(2, 1, 1, 1).expand(2, 3, 16, 16)
+    small_distillation(1, 60, seen=seen, images=images, mix=0.5)
+    asked, learnt = (torch.stack(seen[k::2])[:, :, 0, 8, 8].sort(1).values for k in (0, 1))
+    assert torch.equal(asked, learnt), "T and S see the same, in another order"
+    shade = asked.flatten() / 4 + 0.5  # black or white before the blend, and the normalisation
+    blended = shade[(shade - 0.5).abs() < 0.4999]
+    assert len(blended) / len(shade) == pytest.approx(0.25, abs=0.05)  # half meet their like
+    assert [blended.mean(), blended.std()] == pytest.approx([0.5, 12**-0.5], abs=0.06)  # even
 def test_memory_bank_is_a_ring_of_bytes():
     bank = nayer.MemoryBank(10, 1, 2)
     def image(*values):
@@ -409,10 +418,10 @@ def test_agreement_counts_equal_answers():
 PUBLISHED = """
 warmup_epochs 20 20 20; epochs 100 100 100; generator_steps 30 40 60; warmup_batches 10 10 20;
 batches 2 2 4; synthesis_batch 400 400 200; student_batch 512 512 256; student_steps 400 400 1000;
-reuse 1 1 1; lr .2 .2 .1; alpha_ce .5 .5 .5; alpha_bn 10 10 10; alpha_adv 1.33 1.33 1.33;
+reuse 1 1 1; mix 0 0 0; lr .2 .2 .1; alpha_ce .5 .5 .5; alpha_bn 10 10 10; alpha_adv 1.33 1.33 1.33;
 temperature 20 20 20; bn_momentum .9 .9 .9; generator_lr .004 .004 .004; generator_life 10 10 10;
 generator_width 64 64 64"""
-@pytest.mark.parametrize("column, dataset", enumerate(["cifar10", "cifar100", "tiny_imagenet"], 1))
+@pytest.mark.parametrize("column, dataset", [(1, "cifar10"), (2, "cifar100"), (3, "tiny_imagenet")])
 def test_presets_are_the_published_settings(column, dataset):
     args = nayer.parse_args(["--dataset", dataset])
     for row in map(str.split, PUBLISHED.split(";")):
@@ -547,8 +556,7 @@ def test_the_student_is_scored_as_it_was_saved_and_can_teach(straight, tmp_path)
     after = nayer.main([*TINY, *flags.split()])
     assert after["teacher_accuracy"] == summary["student_accuracy"]
 def test_the_student_inherits_no_remark_about_the_teacher(tmp_path):
-    teacher = nayer.load_model(DIGITS)
-    path, out = tmp_path / "t.safetensors", tmp_path / "run"
+    teacher, path, out = nayer.load_model(DIGITS), tmp_path / "t.safetensors", tmp_path / "run"
     nayer.save_model(path, teacher, teacher.info | dict(accuracy_lossless=1))
     nayer.main([*SHORT, "--out", str(out), "--teacher", str(path)])
     about = "architecture class_names channels image_size mean std accuracy trained_on command"
@@ -573,8 +581,7 @@ def short(tmp_path_factory):
     "--bank-size 20", "--flip", "--alpha-bn 0 --alpha-adv 0", "--bn-momentum 0", "--reuse 1",
     "--images-per-matrix 1", "--no-lte-norm", "--seed 1", "--amp"])
 def test_every_switch_makes_another_student(short, tmp_path, flags):
-    args = nayer.parse_args(["--device", "cpu"])
-    if flags == "--amp" and nayer.pick_device(args.device)[1]:
+    if flags == "--amp" and nayer.pick_device("cpu")[1]:
         flags = "--no-amp"
     summary = nayer.main([*SHORT, "--out", str(tmp_path / "run"), *flags.split()])
     assert summary["images"] == (20 if "bank" in flags else 26)  # two batches, of different Z
@@ -658,8 +665,7 @@ def end_of(out):
     images = {path.name: path.read_bytes() for path in (out / "memory").glob("epoch*")}
     student = {k: v.tolist() for k, v in weights(out / "student.safetensors").items()}
     return log, (out / "generator.csv").read_bytes(), images, student
-class Stop(BaseException):
-    pass
+Stop = type("Stop", (BaseException,), {})
 @pytest.fixture(scope="module")
 def little(tmp_path_factory):
     """Flags of a run so small that it can be repeated for every file that it writes."""
@@ -810,21 +816,17 @@ def complaint(argv, main=nayer.main):
     return 0, None
 @pytest.mark.parametrize("flags, words", [
     ("--dataset mnist", "--dataset"), ("--no-such-flag", "--no-such-flag"),
-    ("--epoch 3", "--epoch"), ("--epochs 0", "--epochs"), 
-    ("--epochs two", "--epochs"), 
-    ("--teacher", "--teacher"),
-    ("--generator-steps 0", "--generator-steps"), 
-    ("--synthesis-batch 1", "--synthesis-batch"), ("--student-batch 0", "--student-batch"),
-    ("--temperature 0", "--temperature"), ("--temperature nan", "--temperature"),
-    ("--alpha-ce -0.1", "--alpha-ce"),
-    ("--reuse 0", "--reuse"), ("--alpha-bn nan", "--alpha-bn"), 
+    ("--epoch 3", "--epoch"), ("--epochs 0", "--epochs"), ("--epochs two", "--epochs"),
+    ("--teacher", "--teacher"), ("--preset", "--preset"), ("--preset gpu", "--preset"),
+    ("--generator-steps 0", "--generator-steps"), ("--synthesis-batch 1", "--synthesis-batch"),
+    ("--student-batch 0", "--student-batch"), ("--temperature 0", "--temperature"),
+    ("--temperature nan", "--temperature"), ("--alpha-ce -0.1", "--alpha-ce"),
+    ("--reuse 0", "--reuse"), ("--mix 1.1", "--mix"), ("--alpha-bn nan", "--alpha-bn"),
     ("--dataset", "--dataset"), ("--bn-momentum 1.1", "--bn-momentum"), ("--seed -1", "--seed"),
-    ("--lr 0", "--lr"), ("--seed 99999999999999999999", "--seed"),
-    ("--bank-size 0", "--bank-size"),
-    ("--std 0", "--std"),
+    ("--lr 0", "--lr"), ("--seed 99999999999999999999", "--seed"), ("--std 0", "--std"),
+    ("--bank-size 0", "--bank-size"), ("--image-size 18", "multiple of 4"),
     ("--label-input words", "--label-input"), ("--noisy-layer on", "--noisy-layer"),
-    ("--device tpu", "--device"), ("--prompt hello", "{class}"),
-    ("--image-size 18", "multiple of 4")])
+    ("--device tpu", "--device"), ("--prompt hello", "{class}")])
 def test_a_wrong_command_line_ends_with_one_line_and_code_2(flags, words, capsys, tmp_path):
     code, _ = complaint(["--out", str(tmp_path / "run"), *flags.split()])
     error = capsys.readouterr().err
@@ -856,10 +858,8 @@ OWN = "--image-size 16 --mean 0.3 --std 0.3 --class-names {}/ten.txt --label-inp
     ("--student {}/my.py:two", "2 outputs, the teacher 10"),
     ("--student {}/my.py:aux", "not logits (2, classes)"),
     ("--teacher wrn22_1", "teachers/train.py --dataset digits --model wrn22_1"),
-    ("--teacher {}/missing.safetensors", "missing.safetensors"),
-    ("--teacher {}/cut.safetensors", "cut.safetensors"),
-    ("--teacher {}/foreign.safetensors", "foreign.safetensors"),
-    ("--teacher {}/misfit.safetensors", "misfit.safetensors"),
+    *[(f"--teacher {{}}/{name}.safetensors", f"{name}.safetensors")
+      for name in ("missing", "cut", "foreign", "misfit")],
     ("--teacher {}/my.py:net", "--image-size, --mean, --std, --class-names"),
     (f"{OWN} {{}}/none.py:net", "none.py"), (f"{OWN} {{}}/my.py:absent", "absent"),
     (f"{OWN} {{}}/my.py:fails", "weights that are not here"),
@@ -880,9 +880,7 @@ OWN = "--image-size 16 --mean 0.3 --std 0.3 --class-names {}/ten.txt --label-inp
 def test_what_is_found_wrong_later_ends_with_one_line_and_code_1(flags, words, bad, tmp_path):
     keep = lambda: {p: p.read_bytes() for p in bad.glob("**/*.*t*") if p.is_file()}  # noqa: E731
     before, flags = keep(), [flag.replace("{}", str(bad)) for flag in flags.split()]
-    if "--out" not in flags:
-        flags += ["--out", str(tmp_path / "run")]
-    code, error = complaint([*TINY, *flags])
+    code, error = complaint([*TINY, "--out", str(tmp_path / "run"), *flags])
     assert code == 1 and words in error and len(error.splitlines()) == 1, error
     assert keep() == before
 @pytest.mark.parametrize("error, words", [
@@ -939,6 +937,7 @@ def test_a_folder_trains_a_teacher_that_distils(folder, tmp_path, monkeypatch, c
     flags = f"--teacher {tmp_path}/t.safetensors --label-input onehot --dataset folder"
     flags = [*flags.split(), "--data-root", str(folder), "--out", str(tmp_path / "run")]
     summary = nayer.main([*TINY, *flags])
+    assert "--preset cpu takes 40 minutes" in capsys.readouterr().out  # it has cifar10's settings
     assert summary["teacher_accuracy"] == pytest.approx(teacher.info["accuracy"], abs=0.03)
 def damage(folder, kind):
     if kind == "unreadable":

@@ -1,4 +1,4 @@
-"""What run folders tell afterwards: python results/figures.py table | strip | similarities | parts
+"""What run folders tell afterwards: python results/figures.py ACTION ...
 
 table DIR           DIR/<variant>/<seed>/ are runs: a Markdown table (accuracy, L_CE within a batch,
                     diversity), DIR/raw.csv with a row per run, DIR/convergence.png
@@ -6,6 +6,7 @@ strip RUN           RUN/training.png: one image of each class, a row per epoch
 similarities RUN    RUN/label_embeddings.png: cosine similarity of the class names' embeddings,
                     before and after the BatchNorm of the noisy layer
 parts OUT RUN ...   OUT: one class's images in the last epoch of each run, a row per run
+published DIR T:S ...  DIR/<T>-<S>/ are runs of published.sh: the table of their accuracies
 """
 
 import csv
@@ -170,8 +171,25 @@ def similarities(run):
     figure.savefig(run / "label_embeddings.png", dpi=100)
 
 
+def published(folder, *pairs):
+    """Pairs without a finished run show a dash."""
+    columns = [[str(pair) for pair in pairs]]
+    for pair in columns[0]:
+        path = folder / pair.replace(":", "-") / "summary.json"
+        found = json.loads(path.read_text()) if path.exists() else {}
+        seconds = found.get("seconds")
+        cells = [found.get("teacher_accuracy"), found.get("student_accuracy")]
+        cells = [f"{100 * value:.2f}" if value else "-" for value in cells]
+        columns.append([*cells, f"{seconds / 3600:.2f}" if seconds else "-"])
+    print("| |", " | ".join(columns[0]).replace(":", " → "), "|")
+    print("|---" * (len(pairs) + 1) + "|")
+    for k, name in enumerate(("teacher, %", "student, last epoch, %", "hours of the run")):
+        print(f"| {name} |", " | ".join(column[k] for column in columns[1:]), "|")
+
+
 if __name__ == "__main__":
     actions = dict(table=table, strip=strip, similarities=similarities, parts=parts)
+    actions["published"] = published
     if len(sys.argv) < 3 or sys.argv[1] not in actions:
         sys.exit(__doc__)
     actions[sys.argv[1]](*map(Path, sys.argv[2:]))
