@@ -729,7 +729,7 @@ def draw_samples(path, images, labels, class_names):
     grid = utils.make_grid(torch.stack(cells), len(shown), padding=1, pad_value=255)
     axes = Figure(figsize=(0.7 * len(shown), 0.7 * len(cells) / len(shown) + 0.5)).subplots()
     axes.imshow(grid.permute(1, 2, 0).numpy(), interpolation="nearest")
-    upright = max(map(len, names)) > 10  # long names stand
+    upright = max(map(len, names)) > 8  # long names stand
     axes.set_xticks([side * (k + 0.5) for k in range(len(names))], names, rotation=90 * upright)
     axes.tick_params(length=0, labeltop=True, labelbottom=False, labelleft=False)
     axes.spines[:].set_visible(False)

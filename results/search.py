@@ -123,9 +123,14 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("runs/search"))
     trials = Trials(parser.parse_args())
     trials.run("15 steps for 200 images", 0)
-    trials.run("8 steps for 200 images", 0, bank=dict(steps=8))
+    few = dict(steps=8)
+    trials.run("8 steps for 200 images", 0, bank=few)
     trials.run("8 steps for 100 images", 0, bank=dict(steps=8, batch=100))
-    trials.run("4 steps for 200 images", 0, bank=dict(steps=4))
+    trials.run("R = 16", 0, bank=few, student=dict(reuse=16))
+    trials.run("batch 32, rate 0.1", 0, bank=few, student=dict(batch=32, lr=0.1))
+    trials.run("tau = 4", 0, bank=few, student=dict(temperature=4.0))
+    trials.run("no mixing", 0, bank=few, student=dict(mix=0.0))
+    trials.run("all views mixed", 0, bank=few, student=dict(mix=1.0))
 
 
 if __name__ == "__main__":
