@@ -173,23 +173,22 @@ def similarities(run):
 
 def published(folder, *pairs):
     """Pairs without a finished run show a dash."""
-    columns = [[str(pair) for pair in pairs]]
-    for pair in columns[0]:
-        path = folder / pair.replace(":", "-") / "summary.json"
-        found = json.loads(path.read_text()) if path.exists() else {}
-        seconds = found.get("seconds")
-        cells = [found.get("teacher_accuracy"), found.get("student_accuracy")]
-        cells = [f"{100 * value:.2f}" if value else "-" for value in cells]
-        columns.append([*cells, f"{seconds / 3600:.2f}" if seconds else "-"])
-    print("| |", " | ".join(columns[0]).replace(":", " → "), "|")
+    paths = [folder / str(pair).replace(":", "-") / "summary.json" for pair in pairs]
+    found = [json.loads(path.read_text()) if path.exists() else {} for path in paths]
+    print("| |", " | ".join(map(str, pairs)).replace(":", " → "), "|")
     print("|---" * (len(pairs) + 1) + "|")
-    for k, name in enumerate(("teacher, %", "student, last epoch, %", "hours of the run")):
-        print(f"| {name} |", " | ".join(column[k] for column in columns[1:]), "|")
+    for name, key, scale in (
+        ("teacher, %", "teacher_accuracy", 100),
+        ("student, last epoch, %", "student_accuracy", 100),
+        ("hours of the run", "seconds", 1 / 3600),
+    ):
+        cells = (f"{scale * run[key]:.2f}" if run.get(key) else "-" for run in found)
+        print(f"| {name} |", " | ".join(cells), "|")
 
 
 if __name__ == "__main__":
     actions = dict(table=table, strip=strip, similarities=similarities, parts=parts)
-    actions["published"] = published
+    actions |= dict(published=published)
     if len(sys.argv) < 3 or sys.argv[1] not in actions:
         sys.exit(__doc__)
     actions[sys.argv[1]](*map(Path, sys.argv[2:]))
