@@ -88,10 +88,9 @@ def number(kind, low, high=math.inf):
 
 def parse_args(argv=None):
     """The command line -> a Namespace. A wrong one ends with one line on stderr and exit code 2.
-    A tuple of defaults has a value for each preset: digits [ours: small; a weak L_adv keeps the
-    images legible], cifar10, cifar100, tiny_imagenet [code: the authors' scripts; the defaults of
-    their parser belong to no published result], cpu [ours: the best wrn16_1 in 40 minutes on two
-    cores]. A folder is treated as cifar10."""
+    A tuple of defaults has a value for each preset: digits [ours: small; a weak L_adv keeps images
+    legible], cifar10 (and folders), cifar100, tiny_imagenet [code: the authors' scripts; no result
+    belongs to their parser's defaults], cpu [ours: the best wrn16_1 in 40 minutes on two cores]."""
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # which preset?
     for flag in ("--dataset", "--teacher", "--preset"):
         early.add_argument(flag, nargs="?")
@@ -117,6 +116,8 @@ def parse_args(argv=None):
     add("--device", str, "auto", "auto: the first there is", choices=["auto", "cuda", "mps", "cpu"])
     add("--resume", "store_true", False, "go on after the last finished epoch of the run in --out")
     add("--eval", switch, True, "score the student on real test images after every epoch")
+    add("--amp", switch, None, "bf16 autocast (None: where the device is fast with it)")
+    add("--compile", switch, False, "torch.compile for T, S and G")
     group = parser.add_argument_group("networks and class names")
     add("--teacher", str, ("wrn16_2", *["wrn40_2"] * 4), "T: name, model file, file.py:function")
     add("--student", str, ("wrn16_1", *["wrn16_2"] * 3, "wrn16_1"), "S: name, or file.py:function")
@@ -127,10 +128,10 @@ def parse_args(argv=None):
     add("--std", number(float, 1e-6), None, "likewise", nargs="+")
     add("--prompt", str, ("a photo of the digit {class}", *["a photo of {class}"] * 4), "to embed")
     group = parser.add_argument_group("loop")
-    add("--warmup-epochs", number(int, 0), (2, 20, 20, 20, 6), "epochs that only fill M")
+    add("--warmup-epochs", number(int, 0), (2, 20, 20, 20, 9), "epochs that only fill M")
     add("--warmup-batches", count, (4, 10, 10, 20, 6), "batches synthesised in each of these")
-    add("--epochs", count, (8, 100, 100, 100, 25), "E: epochs that follow, with distillation")
-    add("--batches", count, (1, 2, 2, 4, 2), "likewise, in each of these")
+    add("--epochs", count, (8, 100, 100, 100, 28), "E: epochs that follow, with distillation")
+    add("--batches", count, (1, 2, 2, 4, 4), "likewise, in each of these")
     group = parser.add_argument_group("generator")
     add("--synthesis-batch", number(int, 2), (100, 400, 400, 200, 200), "B: images in a batch")
     add("--generator-steps", count, (12, 30, 40, 60, 8), "g: steps of Z and G for a batch")
@@ -147,18 +148,17 @@ def parse_args(argv=None):
     add("--images-per-matrix", count, None, "that share a matrix of Z (None: one of each class)")
     add("--lte-norm", switch, True, "the BatchNorm between the LTE and Z")
     group = parser.add_argument_group("student")
-    add("--student-steps", count, (48, 400, 400, 1000, 580), "distillation steps per epoch")
+    add("--student-steps", count, (48, 400, 400, 1000, 1100), "distillation steps per epoch")
     add("--student-batch", number(int, 2), (128, 512, 512, 256, 64), "images in a student step")
     add("--reuse", count, (4, 1, 1, 1, 4), "R: times that S learns from an answer of T")
     add("--mix", number(float, 0, 1), (*[0.0] * 4, 0.5), "share of views blended with another")
-    add("--lr", positive, (0.2, 0.2, 0.2, 0.1, 0.2), "of SGD (momentum 0.9), cosine over E to 2e-4")
+    add("--lr", positive, (0.2, 0.2, 0.2, 0.1, 0.2), "of SGD, falls as a cosine over E to 2e-4")
+    add("--weight-decay", weight, (*[1e-4] * 4, 5e-4), "of SGD (momentum 0.9)")
+    add("--nesterov", switch, (*[False] * 4, True), "look ahead: Nesterov's kind of momentum")
     add("--temperature", positive, 20.0, "tau: softens the answers of T and S in L_KD")
     add("--bank-size", count, None, "most images kept, the oldest give way (None: all are kept)")
     add("--crop-padding", number(int, 0, 28), (1, *[4] * 4), "zeros around an image to crop")
     add("--flip", switch, (False, *[True] * 4), "mirror half of the images")
-    group = parser.add_argument_group("speed")
-    add("--amp", switch, None, "bf16 autocast (None: where the device is fast with it)")
-    add("--compile", switch, False, "torch.compile for T, S and G")
     args = parser.parse_args(argv)
     if "{class}" not in args.prompt:
         parser.error(f"--prompt {args.prompt!r}: write {{class}} where the class name belongs")
@@ -794,8 +794,8 @@ class Run:
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
             how = dict(broadcast_buffers=False, gradient_as_bucket_view=True)
             self.learner = nn.parallel.DistributedDataParallel(self.student, **how)
-        how = dict(momentum=0.9, weight_decay=1e-4, fused=True)  # no Nesterov [code]
-        self.optimizer = torch.optim.SGD(self.student.parameters(), args.lr, **how)
+        how = dict(weight_decay=args.weight_decay, nesterov=args.nesterov, fused=True)
+        self.optimizer = torch.optim.SGD(self.student.parameters(), args.lr, 0.9, **how)
         self.label_embeddings = torch.eye(size[0], device=self.device)  # one-hot
         if args.label_input == "lte":
             lte = label_text_embeddings(self.names, args.text_encoder, args.prompt)

@@ -420,7 +420,7 @@ warmup_epochs 20 20 20; epochs 100 100 100; generator_steps 30 40 60; warmup_bat
 batches 2 2 4; synthesis_batch 400 400 200; student_batch 512 512 256; student_steps 400 400 1000;
 reuse 1 1 1; mix 0 0 0; lr .2 .2 .1; alpha_ce .5 .5 .5; alpha_bn 10 10 10; alpha_adv 1.33 1.33 1.33;
 temperature 20 20 20; bn_momentum .9 .9 .9; generator_lr .004 .004 .004; generator_life 10 10 10;
-generator_width 64 64 64"""
+generator_width 64 64 64; weight_decay .0001 .0001 .0001; nesterov 0 0 0"""
 @pytest.mark.parametrize("column, dataset", [(1, "cifar10"), (2, "cifar100"), (3, "tiny_imagenet")])
 def test_presets_are_the_published_settings(column, dataset):
     args = nayer.parse_args(["--dataset", dataset])
@@ -579,7 +579,7 @@ def short(tmp_path_factory):
 @pytest.mark.parametrize("flags", [
     "--label-input onehot", "--label-input noise", "--noisy-layer fixed", "--noisy-layer off",
     "--bank-size 20", "--flip", "--alpha-bn 0 --alpha-adv 0", "--bn-momentum 0", "--reuse 1",
-    "--images-per-matrix 1", "--no-lte-norm", "--seed 1", "--amp"])
+    "--images-per-matrix 1", "--no-lte-norm", "--seed 1", "--amp", "--nesterov --weight-decay 1"])
 def test_every_switch_makes_another_student(short, tmp_path, flags):
     if flags == "--amp" and nayer.pick_device("cpu")[1]:
         flags = "--no-amp"

@@ -1,24 +1,22 @@
 """What run folders tell afterwards: python results/figures.py ACTION ...
 
-table DIR           DIR/<variant>/<seed>/ are runs: a Markdown table (accuracy, L_CE within a batch,
-                    diversity), DIR/raw.csv with a row per run, DIR/convergence.png
 strip RUN           RUN/training.png: one image of each class, a row per epoch
 similarities RUN    RUN/label_embeddings.png: cosine similarity of the class names' embeddings,
                     before and after the BatchNorm of the noisy layer
 parts OUT RUN ...   OUT: one class's images in the last epoch of each run, a row per run
+diagram RUN OUT     OUT: the method on one picture, with the images of RUN's last two batches
 published DIR T:S ...  DIR/<T>-<S>/ are runs of published.sh: the table of their accuracies
 """
 
 import csv
 import json
-import statistics
 import sys
 from pathlib import Path
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from torchvision.utils import make_grid
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -38,78 +36,6 @@ def made(run, epoch):
     """(images uint8, labels) of an epoch."""
     file = torch.load(run / "memory" / f"epoch_{epoch:03d}.pt", weights_only=True)
     return file["images"], file["labels"]
-
-
-@torch.no_grad()
-def diversity(run):
-    """How much images of one class in a batch differ: the mean Euclidean distance between two of
-    them, taken between the inputs of the teacher's last linear layer, mean over all batches."""
-    about, seen, found = settings(run), [], []
-    args = nayer.parse_args(["--dataset", about["dataset"], "--teacher", about["teacher"]])
-    teacher = nayer.load_teacher(args)
-    augment = nayer.Augment(teacher.info["mean"], teacher.info["std"], 0, False)
-    linear = [layer for layer in teacher.modules() if isinstance(layer, nn.Linear)][-1]
-    linear.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].flatten(1)))
-    for epoch in range(len(read(run / "log.csv"))):
-        images, labels = (part.split(int(about["synthesis_batch"])) for part in made(run, epoch))
-        for x, y in zip(images, labels):
-            teacher.eval()(augment.normalize(x / 255))
-            pairs = (y[:, None] == y).triu(1)
-            if pairs.any():
-                found.append(torch.cdist(seen[-1], seen[-1])[pairs].mean().item())
-    return statistics.fmean(found) if found else float("nan")
-
-
-def measure(run):
-    """A row of the table, and L_CE by step: the mean over all batches but the run's first one."""
-    log, steps = read(run / "log.csv"), read(run / "generator.csv")
-    steps = [row for row in steps if (row["epoch"], row["batch"]) != ("0", "0")]
-    last = max(int(row["step"]) for row in steps)
-    curve = [
-        statistics.fmean(float(row["loss_ce"]) for row in steps if int(row["step"]) == step)
-        for step in range(last + 1)
-    ]
-    names = ("ce_5", "ce_10", "ce_20")
-    row = dict(accuracy=100 * float(log[-1]["accuracy"]))
-    row |= {name: curve[min(step, last)] for name, step in zip(names, (4, 9, 19))}
-    return row | dict(diversity=diversity(run), seconds=float(log[-1]["seconds"])), curve
-
-
-def table(folder):
-    found, curves, raw = {}, {}, []
-    for run in sorted(path.parent for path in folder.glob("*/*/summary.json")):
-        values, curve = measure(run)
-        name = run.parent.name.replace("--", "")
-        found.setdefault(name, []).append(values)
-        curves.setdefault(name, []).append(curve)
-        raw.append(dict(variant=name, seed=run.name) | values)
-    if not raw:
-        sys.exit(f"no finished runs in {folder}")
-    with open(folder / "raw.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, raw[0])
-        writer.writeheader()
-        short = {float: "{:.5g}".format}
-        writer.writerows({k: short.get(type(v), str)(v) for k, v in row.items()} for row in raw)
-    print("| variant | accuracy, % | CE at step 5 | 10 | 20 | diversity | s | seeds |")
-    print("|---|---|---|---|---|---|---|---|")
-    for name in sorted(found, key=lambda name: (name != "default", name)):
-        cells = []
-        for key, digits in zip(found[name][0], (2, 3, 3, 3, 2, 1)):
-            values = [row[key] for row in found[name]]
-            spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-            cells.append(f"{statistics.fmean(values):.{digits}f}{spread}")
-        print(f"| {name} | {' | '.join(cells)} | {len(found[name])} |")
-    axes = Figure(figsize=(8, 4), layout="constrained").subplots()
-    for name, label in (
-        ("default", "LTE"),
-        ("label-input onehot", "one-hot"),
-        ("label-input noise", "noise"),
-    ):
-        mean = [statistics.fmean(values) for values in zip(*curves.get(name, []))]
-        axes.plot(range(1, len(mean) + 1), mean, ".-", label=label)
-    axes.set(xlabel="generator step within a batch", ylabel="L_CE", yscale="log")
-    axes.legend()
-    axes.figure.savefig(folder / "convergence.png", dpi=100)
 
 
 def show(path, cells, columns, rows, names):
@@ -171,6 +97,89 @@ def similarities(run):
     figure.savefig(run / "label_embeddings.png", dpi=100)
 
 
+def diagram(run, out):
+    """What is drawn is real but for the two draws of Z: e_y and its BatchNorm as the run read them,
+    and its last two batches, whose labels are the same and for which Z was drawn anew."""
+    about, info = settings(run), nayer.load_model(run / "student.safetensors").info
+    names, last = info["class_names"], len(read(run / "log.csv")) - 1
+    words = nayer.label_text_embeddings(names, about["text_encoder"], about["prompt"])
+    normalised, y = F.batch_norm(words, None, None, training=True), 3
+    axes = Figure(figsize=(15, 5.6)).add_axes((0, 0, 1, 1))
+    axes.set(xlim=(0, 150), ylim=(0, 56))
+    axes.axis("off")
+
+    def box(x, y, width, height, text, color="#eeeeee"):
+        axes.add_patch(Rectangle((x, y), width, height, facecolor=color, edgecolor="black"))
+        axes.text(x + width / 2, y + height / 2, text, ha="center", va="center", fontsize=10)
+
+    def arrow(start, end, color="black", bend=0.0):
+        how = dict(arrowstyle="->", color=color, connectionstyle=f"arc3,rad={bend}", linewidth=1.5)
+        axes.annotate("", end, start, arrowprops=how)
+
+    def picture(x, y, side, values, **how):
+        axes.imshow(values, extent=(x, x + side, y, y + side), aspect="auto", **how)
+
+    def note(x, y, text, **how):
+        axes.text(x, y, text, **dict(ha="center", va="center", fontsize=10) | how)
+
+    prompt = about["prompt"].replace("{class}", names[y]).replace("of ", "of\n")
+    box(1, 33, 15, 8, f"“{prompt}”", "white")
+    arrow((16, 37), (20, 37))
+    box(20, 33, 11, 8, "text\nencoder")
+    arrow((31, 37), (34, 37))
+    picture(34, 33, 8, words[y].view(16, -1), cmap="RdBu", vmin=-0.6, vmax=0.6)
+    note(38, 43, f"$e_y$, {words.shape[1]} numbers")
+    arrow((42, 37), (45, 37))
+    picture(45, 33, 8, normalised[y].view(16, -1), cmap="RdBu", vmin=-2, vmax=2)
+    note(49, 43, "BatchNorm")
+    for line, low in enumerate((38, 24)):
+        torch.manual_seed(line)
+        arrow((53, 37), (58, low + 4))
+        picture(58, low, 8, torch.randn(20, 20), cmap="gray")
+        note(62, low + 9.3, f"Z, draw {line + 1}")
+        arrow((66, low + 4), (70, low + 4))
+        box(70, low, 5, 8, "G", "#cfe3f5")
+        arrow((75, low + 4), (78, low + 4))
+        images, labels = (part[-len(names) :] for part in made(run, last - 1 + line))
+        for k in range(len(names)):
+            cell = images[labels == k][0].permute(1, 2, 0)
+            picture(78 + 3.8 * k, low + 2.2, 3.6, cell, cmap="gray")
+            note(79.8 + 3.8 * k, low + 1, names[k], fontsize=8)
+    note(97, 48.3, "images: two batches of the same labels y", fontsize=11)
+    for low in (42, 28):
+        arrow((78.5 + 3.8 * len(names), low), (121, 40 if low > 30 else 38))
+        arrow((78.5 + 3.8 * len(names), low), (121, 33 if low > 30 else 31))
+    box(121, 37, 9, 6, "T, frozen", "#dddddd")
+    box(121, 29, 9, 6, "S", "#d8efd3")
+    box(134, 41, 15, 4, "$L_{CE}$: T says y", "white")
+    box(134, 36, 15, 4, "$L_{BN}$: T's statistics", "white")
+    box(134, 29, 15, 6, "$L_{adv}$: S agrees,\nbut is not as sure", "white")
+    for start, end in (((130, 41), 43), ((130, 40), 38), ((130, 38), 33), ((130, 32), 32)):
+        arrow(start, (134, end))
+    axes.plot([141, 141, 72, 72], [45, 53, 53, 46.5], color="#c0392b", linewidth=1.5)
+    arrow((72, 47.5), (72, 46), "#c0392b")
+    arrow((62, 53), (62, 49), "#c0392b")
+    axes.plot([62, 72], [53, 53], color="#c0392b", linewidth=1.5)
+    note(106, 54.5, "generator step: lowers the three losses over Z and G", color="#c0392b")
+    box(78, 8, 38, 8, "M: memory of all images\n(those of each batch's best step)", "#fff3d6")
+    arrow((97, 24), (97, 16))
+    arrow((116, 12), (121, 15))
+    arrow((116, 12), (121, 8))
+    box(121, 13, 9, 6, "T, frozen", "#dddddd")
+    box(121, 4, 9, 6, "S", "#d8efd3")
+    box(134, 8, 15, 6, "$L_{KD}$: S answers\nas T does", "white")
+    arrow((130, 16), (134, 12))
+    arrow((130, 7), (134, 10))
+    axes.plot([141, 141, 125.5], [8, 1.2, 1.2], color="#2e7d32", linewidth=1.5)
+    arrow((125.5, 1.2), (125.5, 4), "#2e7d32")
+    note(106, 1.2, "student step: lowers it over S", color="#2e7d32")
+    steps = "For every batch:\n1. draw Z anew, N(0, 1), one matrix for each set of classes"
+    steps += f"\n2. {about['generator_steps']} generator steps on it, then its images go to M"
+    steps += f"\nAfter the batches of an epoch:\n3. {about['student_steps']} student steps on M"
+    note(2, 15, steps, ha="left", fontsize=11, linespacing=1.6)
+    axes.figure.savefig(out, dpi=80)
+
+
 def published(folder, *pairs):
     """Pairs without a finished run show a dash."""
     paths = [folder / str(pair).replace(":", "-") / "summary.json" for pair in pairs]
@@ -187,7 +196,7 @@ def published(folder, *pairs):
 
 
 if __name__ == "__main__":
-    actions = dict(table=table, strip=strip, similarities=similarities, parts=parts)
+    actions = dict(strip=strip, similarities=similarities, parts=parts, diagram=diagram)
     actions |= dict(published=published)
     if len(sys.argv) < 3 or sys.argv[1] not in actions:
         sys.exit(__doc__)

@@ -1,136 +1,122 @@
-"""Choose the settings of the CPU recipe on images that are not test images.
+"""Choose the settings of the preset `cpu` on images that are not test images.
 
     python results/search.py --data-root data/cifar10_jpeg --out runs/search
 
-Two halves, each trial a row of results/search.csv, written as it ends; a row that is there already
-is not measured again. Synthesis: banks of equal cost (generator steps x images), all without L_adv,
-teach the same student. Distillation: students of equal cost learn from one bank. Scored on 5,000
-JPEG *training* images (the first 500 of each class), which wrn40_2 has seen in its training and no
-student here. nayer.py reads none of them.
+Each trial is a run of nayer.py; its row goes to results/search.csv as it ends, and a row that is
+there already is not measured again. The first trial, "bank", is whole. Trials of the student's half
+are handed its images in the place of a synthesis, so that they differ in nothing else; they have a
+quarter of its student steps. All are scored on 5,000 JPEG *training* images (the first 500 of each
+class), which the teacher has seen in its training and no student here.
 """
 
 import argparse
 import csv
-import math
+import os
+import shutil
 import sys
-import time
+from contextlib import ExitStack
 from pathlib import Path
+from unittest.mock import patch
 
+import figures
 import torch
-from torch.utils.data import DataLoader, Subset
 
 ROOT = Path(__file__).resolve().parent.parent
+TABLE, TEACHER = ROOT / "results/search.csv", "teachers/cifar10_wrn40_2.safetensors"
 sys.path.insert(0, str(ROOT))
 import nayer  # noqa: E402
 
-BANK = dict(batch=200, steps=15, lr=4e-3, ce=0.5, bn=10.0)
-STUDENT = dict(reuse=4, mix=0.5, batch=64, lr=0.2, temperature=20.0, cost=140.0)
-COLUMNS = ["trial", "seed", *(f"bank_{key}" for key in BANK), *STUDENT]
-COLUMNS += ["images", "seconds_bank", "seconds_student", "accuracy"]
-IMAGE_STEP, VIEW, ANSWER = 6.1e-3, 1.05e-3, 1.7e-3  # seconds: an image in G's step; S's; T's
+COLUMNS = "trial seed flags images seconds_synthesis seconds_distillation accuracy".split()
+BANK = "--warmup-epochs 6 --warmup-batches 6 --epochs 25 --batches 2 --generator-steps 8 "
+BANK += "--synthesis-batch 200 --reuse 4 --mix 0.5 --student-batch 64 --lr 0.2 --no-nesterov "
+BANK += "--weight-decay 1e-4 --student-steps "
+BETTER = "--nesterov --weight-decay 5e-4"
+STUDENT = {  # trial: flags
+    "as the bank's": "",
+    "Nesterov": "--nesterov",
+    "weight decay 5e-4": "--weight-decay 5e-4",
+    "mixing fades with the rate": "",
+    "half of each batch's images": "--synthesis-batch 100",
+    "Nesterov, weight decay 5e-4": BETTER,
+    "R = 8, equal time": "--reuse 8 --student-steps 172",
+    "Nesterov, weight decay 1e-3": "--nesterov --weight-decay 1e-3",
+    "Nesterov, weight decay 5e-4, no mixing": f"{BETTER} --mix 0",
+    "Nesterov, weight decay 5e-4, R = 2, equal time": f"{BETTER} --reuse 2 --student-steps 108",
+}
 
 
-def validation(root):
-    """5,000 training images as batches, as nayer.test_batches gives test images."""
-    data = nayer.image_folder(root / "train", 3, 32)
-    chosen = [k for y in range(10) for k in torch.tensor(data.targets).eq(y).nonzero()[:500, 0]]
-    return list(DataLoader(Subset(data, chosen), batch_size=500))
+def validation(root, out):
+    """A data set whose test images are links to 5,000 training images, a folder per class."""
+    for folder in sorted((root / "train").iterdir()):
+        place = out / "data/test" / folder.name
+        place.mkdir(parents=True, exist_ok=True)
+        for path in sorted(folder.iterdir())[:500]:
+            if not (place / path.name).exists():
+                os.symlink(path.resolve(), place / path.name)
+    return out / "data"
 
 
-class Trials:
-    def __init__(self, args):
-        self.args, self.table = args, ROOT / "results/search.csv"
-        self.teacher = nayer.load_model(ROOT / "teachers/cifar10_wrn40_2.safetensors")
-        self.teacher.requires_grad_(False)
-        info = self.teacher.info
-        self.augment = nayer.Augment(info["mean"], info["std"], 4, True)
-        prompt = "a photo of {class}"
-        names = info["class_names"]
-        self.words = nayer.label_text_embeddings(names, nayer.TEXT_ENCODER, prompt)
-        self.place(self.teacher)
-        self.images = validation(args.data_root)
+def replay(run):
+    """A stand-in for nayer.synthesize that hands out the images of a finished run, in order."""
+    epochs = range(len(figures.read(run / "log.csv")))
+    batches = iter(torch.cat([figures.made(run, epoch)[0] for epoch in epochs]).split(200))
 
-    @staticmethod
-    def place(model):
-        model.to(memory_format=torch.channels_last)
-        model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
-        return model
+    def synthesize(generator, noisy_layer, inputs, labels, *networks, steps, **how):
+        return next(batches)[: len(labels)], torch.zeros(steps, 4)
 
-    def bank(self, seed, cost, batch, steps, lr, ce, bn):
-        """uint8 images made in about `cost` seconds, and the seconds that it took."""
-        path = self.args.out / f"bank_{seed}_{cost}_{batch}_{steps}_{lr}_{ce}_{bn}.pt"
-        if path.exists():
-            return torch.load(path)
-        torch.manual_seed(seed)
-        student = self.place(nayer.build_model("wrn16_1", 10))
-        generator = self.place(nayer.Generator(1000, 3, 32))
-        noisy, made = nayer.NoisyLayer(384, batch // 10, 10), []
-        bn_loss, labels = nayer.BatchNormLoss(self.teacher, 0.9), nayer.class_sets(10, batch)
-        start = time.perf_counter()
-        for _ in range(round(cost / IMAGE_STEP / batch / steps)):
-            noisy.reinitialize()
-            networks = (self.teacher, student, bn_loss, self.augment)
-            how = dict(steps=steps, lr=lr, alpha_ce=ce, alpha_bn=bn, alpha_adv=0.0)
-            inputs = self.words[labels]
-            images, losses = nayer.synthesize(generator, noisy, inputs, labels, *networks, **how)
-            bn_loss.update()
-            made.append(images)
-        bn_loss.close()
-        print(f"L_CE {losses[-1, 0]:.3f}, L_BN {losses[-1, 1]:.3f} at the end")
-        state = dict(images=torch.cat(made), seconds=time.perf_counter() - start)
-        nayer.write_atomically(path, lambda file: torch.save(state, file))
-        return state
+    return synthesize
 
-    def student(self, seed, images, reuse, mix, batch, lr, temperature, cost):
-        """Accuracy of a student that learns from `images` for about `cost` seconds."""
-        torch.manual_seed(seed)
-        memory = nayer.MemoryBank(len(images), 3, 32)
-        memory.add(images)
-        student = self.place(nayer.build_model("wrn16_1", 10))
-        optimizer = torch.optim.SGD(student.parameters(), lr, 0.9, weight_decay=1e-4, fused=True)
-        rounds = 12
-        steps = round(cost / (VIEW + ANSWER / reuse) / batch / rounds)
-        for k in range(rounds):
-            rate = 2e-4 + (lr - 2e-4) * (1 + math.cos(math.pi * k / rounds)) / 2
-            optimizer.param_groups[0]["lr"] = rate
-            how = dict(steps=steps, batch=batch, temperature=temperature, reuse=reuse, mix=mix)
-            nayer.distill(self.teacher, student, memory, optimizer, self.augment, **how)
-        return nayer.accuracy(student, self.images, self.augment)
 
-    def run(self, trial, seed, cost=240.0, bank=(), student=()):
-        """One row of the table, unless it is there."""
-        rows = list(csv.DictReader(self.table.open())) if self.table.exists() else []
-        if any(row["trial"] == trial and row["seed"] == str(seed) for row in rows):
-            return
-        bank, student = BANK | dict(bank), STUDENT | dict(student)
-        made = self.bank(seed, cost, **bank)
-        start = time.perf_counter()
-        accuracy = self.student(seed, made["images"], **student)
-        seconds = time.perf_counter() - start
-        row = [trial, seed, *bank.values(), *student.values(), len(made["images"])]
-        row += [round(made["seconds"], 1), round(seconds, 1), accuracy]
-        with self.table.open("a") as file:
-            writer = csv.writer(file)
-            if not rows:
-                writer.writerow(COLUMNS)
-            writer.writerow(row)
-        print(*row, flush=True)
+def trial(out, name, seed, flags, patches=()):
+    """One row of the table, unless it is there."""
+    rows = figures.read(TABLE) if TABLE.exists() else []
+    if any((row["trial"], row["seed"]) == (name, str(seed)) for row in rows):
+        return
+    folder = out / f"{name} {seed}".replace(" ", "_")
+    if patches:
+        shutil.rmtree(folder, ignore_errors=True)  # the images handed out begin with the first
+    common = ["--dataset", "folder", "--data-root", str(out / "data"), "--teacher", TEACHER]
+    common += ["--preset", "cpu", "--seed", str(seed), "--out", str(folder), "--resume"]
+    with ExitStack() as stack:
+        for one in patches:
+            stack.enter_context(one)
+        summary = nayer.main([*common, *flags.split()])
+    row = dict(trial=name, seed=seed, flags=flags, accuracy=summary["student_accuracy"])
+    row |= {key: round(summary[key], 1) for key in COLUMNS[3:6]}
+    with open(TABLE, "a", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        if not rows:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def student(out, name, seed=0):
+    """A trial of the student's half, from its beginning."""
+    distill, fade = nayer.distill, name == "mixing fades with the rate"
+
+    def fading(teacher, student, memory, optimizer, *rest, mix, **how):
+        mix *= optimizer.param_groups[0]["lr"] / 0.2 if fade else 1
+        return distill(teacher, student, memory, optimizer, *rest, mix=mix, **how)
+
+    patches = [patch.object(nayer, "synthesize", replay(out / "bank_0"))]
+    patches += [patch.object(nayer, "distill", fading)]
+    trial(out, name, seed, f"{BANK}144 {STUDENT[name]}", patches)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data-root", type=Path, default=Path("data/cifar10_jpeg"))
     parser.add_argument("--out", type=Path, default=Path("runs/search"))
-    trials = Trials(parser.parse_args())
-    trials.run("15 steps for 200 images", 0)
-    few = dict(steps=8)
-    trials.run("8 steps for 200 images", 0, bank=few)
-    trials.run("8 steps for 100 images", 0, bank=dict(steps=8, batch=100))
-    trials.run("R = 16", 0, bank=few, student=dict(reuse=16))
-    trials.run("batch 32, rate 0.1", 0, bank=few, student=dict(batch=32, lr=0.1))
-    trials.run("tau = 4", 0, bank=few, student=dict(temperature=4.0))
-    trials.run("no mixing", 0, bank=few, student=dict(mix=0.0))
-    trials.run("all views mixed", 0, bank=few, student=dict(mix=1.0))
+    args = parser.parse_args()
+    args.out = args.out.resolve()
+    validation(args.data_root, args.out)
+    os.chdir(ROOT)
+    trial(args.out, "bank", 0, f"{BANK}580")
+    for name in STUDENT:
+        student(args.out, name)
+    for seed in (1, 2):
+        for flags in (BETTER, f"{BETTER} --mix 0"):  # is mixing worth it?
+            student(args.out, next(k for k in STUDENT if STUDENT[k] == flags), seed)
 
 
 if __name__ == "__main__":

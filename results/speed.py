@@ -1,6 +1,7 @@
 """Speed: `python results/speed.py compare | profile | size | limit`, from the project's root.
 
-compare  nayer.py, with and without bf16, and a plain loop in the way of the authors, in turns
+compare  nayer.py, with and without bf16, with R = 4, and a plain loop in the way of the authors, in
+         turns
 profile  where the time of both half-steps goes, by torch.profiler
 size     cost against batch size and bank size
 limit    TFLOP/s of both half-steps, with and without --compile, and of a product of two matrices
@@ -139,17 +140,20 @@ def plain_loop():
 
 
 def shipped(*flags):
-    """Likewise of nayer.py, as log.csv has it: every step counts, the first too."""
+    """Likewise of nayer.py, as log.csv has it: every step counts, the first too. With reuse R, the
+    student passes R times over one pool of 16 batches, and T's answers to it are shared by all."""
+    steps = 16 * int(flags[1]) if "--reuse" in flags else STEPS
     with tempfile.TemporaryDirectory() as out:
         command = "nayer.py --dataset cifar10 --epochs 1 --warmup-epochs 0 --batches 1 --no-eval"
-        command += f" --generator-steps {STEPS} --student-steps {STEPS} --out {out}/run"
+        command += f" --generator-steps {STEPS} --student-steps {steps} --out {out}/run"
         subprocess.run([sys.executable, *command.split(), *flags], cwd=ROOT, check=True, stdout=-3)
         summary = json.loads((Path(out) / "run" / "summary.json").read_text())
-    return summary["seconds_synthesis"] / STEPS, summary["seconds_distillation"] / STEPS
+    return summary["seconds_synthesis"] / STEPS, summary["seconds_distillation"] / steps
 
 
 def compare(rounds=3):
     kinds = {"plain": None, "nayer.py --no-amp": ["--no-amp"], "nayer.py": []}
+    kinds["nayer.py --reuse 4"] = ["--reuse", "4"]
     found = {kind: [] for kind in kinds}
     for _ in range(rounds):  # in turns, so that all meet the same machine
         for kind, flags in kinds.items():

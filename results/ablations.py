@@ -1,0 +1,424 @@
+"""What each part of NAYER is worth: python results/ablations.py ACTION [--only VARIANT ...]
+
+digits   every variant below on digits, 20 seeds, with a cut budget (results/ablations.csv)
+cifar10  what Z reads, on JPEG CIFAR-10 in --data-root, five seeds (results/cifar10_ablations.csv)
+scores   which number that needs no data ranks all these students as their accuracy does: adds the
+         candidates to both files, and draws results/scores.png and results/convergence.png
+report   both tables in Markdown: differences to the default, paired by seed
+
+Each run is nayer.py's own `main`, in runs/ablations/<action>/<variant>/<seed>/. Two run at a time,
+a core each. A run that is there already is not repeated, one that was cut short goes on.
+"""
+
+import argparse
+import contextlib
+import csv
+import multiprocessing
+import os
+import statistics
+import sys
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
+from pathlib import Path
+from unittest.mock import patch
+
+import figures
+import torch
+import torch.nn as nn
+from matplotlib.figure import Figure
+from scipy import stats
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "teachers")]
+import train  # noqa: E402
+
+import nayer  # noqa: E402
+
+CUT = "--warmup-epochs 1 --epochs 3 --generator-steps 20 --student-steps 24 --reuse 1"
+DIGITS = {  # what follows a "+" is a patch, below
+    "default": "",
+    "label-input onehot": "--label-input onehot",
+    "label-input noise": "--label-input noise",
+    "LTE, rows shuffled": "+shuffled",
+    "LTE, random of the same covariance": "+random",
+    "no-lte-norm": "--no-lte-norm",
+    "LTE centred, not scaled": "+centred",
+    "LTE scaled, not centred": "+scaled",
+    "noisy-layer fixed": "--noisy-layer fixed",
+    "noisy-layer off": "--noisy-layer off",
+    "images-per-matrix 1": "--images-per-matrix 1",
+    "alpha-bn 0": "--alpha-bn 0",
+    "bn-momentum 0": "--bn-momentum 0",
+    "bn-momentum 0, alpha-bn 0.3": "--bn-momentum 0 --alpha-bn 0.3",
+    "alpha-adv 0": "--alpha-adv 0",
+    "bank-size 300": "--bank-size 300",
+    "bank-size 100": "--bank-size 100",
+    "Gaussian noise": "--generator-steps 1 +gaussian",
+    "untrained generator": "--generator-steps 1 +untrained",
+    "real training digits": "--generator-steps 1 +real",
+}
+SMALL = "--dataset folder --teacher teachers/cifar10_wrn40_2.safetensors --student wrn16_1 "
+SMALL += "--warmup-epochs 2 --warmup-batches 4 --epochs 6 --batches 1 --synthesis-batch 200 "
+SMALL += "--generator-steps 15 --generator-life 100 --student-steps 120 --student-batch 64 --lr 0.1"
+CIFAR10 = {
+    "default": "",
+    "LTE of CLIP": "+clip",
+    "label-input onehot": "--label-input onehot",
+    "label-input noise": "--label-input noise",
+    "LTE, rows shuffled": "+shuffled",
+    "LTE, random of the same covariance": "+random",
+}
+PLAN = dict(digits=(DIGITS, CUT, 20), cifar10=(CIFAR10, SMALL, 5))
+FILES = dict(digits="ablations.csv", cifar10="cifar10_ablations.csv")
+
+
+# ---- Patches: variants that no flag of nayer.py makes --------------------------------------------
+def embeddings(change, seed):
+    """label_text_embeddings with its rows changed; the change is drawn from the seed."""
+    original = nayer.label_text_embeddings
+
+    def changed(*what):
+        return change(original(*what), torch.Generator().manual_seed(seed))
+
+    return patch.object(nayer, "label_text_embeddings", changed)
+
+
+def shuffled(rows, generator):
+    """The same vectors, each the name of another class: the geometry without the meaning."""
+    while True:
+        order = torch.randperm(len(rows), generator=generator)
+        if (order != torch.arange(len(rows))).all():
+            return rows[order]
+
+
+def random(rows, generator):
+    """Gaussian vectors with the mean and the covariance of the rows: not even their geometry."""
+    mix = torch.randn(len(rows), len(rows), generator=generator) / (len(rows) - 1) ** 0.5
+    return rows.mean(0) + mix @ (rows - rows.mean(0))
+
+
+class Half(nn.Module):
+    """Half of the BatchNorm on the LTE, with its weight and bias: centres only, or scales only."""
+
+    def __init__(self, size, centre):
+        super().__init__()
+        self.centre = centre
+        self.weight, self.bias = nn.Parameter(torch.ones(size)), nn.Parameter(torch.zeros(size))
+
+    def forward(self, x):
+        var, mean = torch.var_mean(x, 0, correction=0)
+        x = x - mean if self.centre else x / (var + 1e-5).sqrt()
+        return x * self.weight + self.bias
+
+
+def normed(centre):
+    class Layer(nayer.NoisyLayer):
+        def __init__(self, embedding_size, *how):
+            super().__init__(embedding_size, *how)
+            self.norm = Half(embedding_size, centre)
+
+    return patch.object(nayer, "NoisyLayer", Layer)
+
+
+def instead(make):
+    """A synthesize that makes images by make(generator, noisy_layer, inputs), without a loss."""
+
+    @torch.no_grad()
+    def synthesize(generator, noisy_layer, inputs, *rest, steps, **how):
+        images = make(generator, noisy_layer, inputs)
+        return (images * 255).round().byte(), torch.zeros(steps, 4)
+
+    return patch.object(nayer, "synthesize", synthesize)
+
+
+def gaussian(generator, noisy_layer, inputs):
+    """Pixels with the mean and the deviation of the training digits, cut to [0, 1]."""
+    (size, channels, mean, std), count = nayer.IMAGES["digits"], len(inputs)
+    pixels = torch.randn(count, channels, size, size) * std[0] + mean[0]
+    return pixels.clamp(0, 1)
+
+
+def real(seed):
+    """The training digits, none of them twice."""
+    images = torch.stack([image for image, _ in train.training_images(train.parse_args([]))[0]])
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    batches = iter((images[order].float() / 255).split(100))
+    return lambda generator, noisy_layer, inputs: next(batches)
+
+
+def patched(name, seed, clip):
+    """The context in which a variant runs."""
+    if name == "clip":
+        rows = nayer.read_safetensors(clip)[0]
+        rows = rows[next(iter(rows))].float()
+        return patch.object(nayer, "label_text_embeddings", lambda *what: rows)
+    return dict(
+        shuffled=lambda: embeddings(shuffled, seed),
+        random=lambda: embeddings(random, seed),
+        centred=lambda: normed(True),
+        scaled=lambda: normed(False),
+        gaussian=lambda: instead(gaussian),
+        untrained=lambda: instead(lambda G, Z, inputs: G(Z(inputs))),
+        real=lambda: instead(real(seed)),
+    ).get(name, contextlib.nullcontext)()
+
+
+# ---- What is measured of a run -------------------------------------------------------------------
+@torch.no_grad()
+def diversity(run):
+    """How much images of one class in a batch differ: the mean Euclidean distance between two of
+    them, taken between the inputs of the teacher's last linear layer, mean over all batches."""
+    about, seen, found = figures.settings(run), [], []
+    args = nayer.parse_args(["--dataset", about["dataset"], "--teacher", about["teacher"]])
+    teacher = nayer.load_teacher(args)
+    augment = nayer.Augment(teacher.info["mean"], teacher.info["std"], 0, False)
+    linear = [layer for layer in teacher.modules() if isinstance(layer, nn.Linear)][-1]
+    linear.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].flatten(1)))
+    for epoch in range(len(figures.read(run / "log.csv"))):
+        images, labels = (
+            part.split(int(about["synthesis_batch"])) for part in figures.made(run, epoch)
+        )
+        for x, y in zip(images, labels):
+            teacher.eval()(augment.normalize(x / 255))
+            pairs = (y[:, None] == y).triu(1)
+            if pairs.any():
+                found.append(torch.cdist(seen[-1], seen[-1])[pairs].mean().item())
+    return statistics.fmean(found) if found else float("nan")
+
+
+def measure(run):
+    """A row of the table, and L_CE by step: the mean over all batches but the run's first one."""
+    log, steps = figures.read(run / "log.csv"), figures.read(run / "generator.csv")
+    steps = [row for row in steps if (row["epoch"], row["batch"]) != ("0", "0")]
+    last = max(int(row["step"]) for row in steps)
+    curve = [
+        statistics.fmean(float(row["loss_ce"]) for row in steps if int(row["step"]) == step)
+        for step in range(last + 1)
+    ]
+    names = ("ce_5", "ce_10", "ce_20")
+    row = dict(accuracy=100 * float(log[-1]["accuracy"]))
+    row |= {name: curve[min(step, last)] for name, step in zip(names, (4, 9, 19))}
+    return row | dict(diversity=diversity(run), seconds=float(log[-1]["seconds"])), curve
+
+
+# ---- The runs ------------------------------------------------------------------------------------
+def place(action, variant, seed):
+    return ROOT / "runs/ablations" / action / variant / str(seed)
+
+
+def work(action, variant, seed, data, clip):
+    """One run, unless it is there, and what is measured of it."""
+    torch.set_num_threads(1)
+    variants, budget, _ = PLAN[action]
+    flags, _, change = variants[variant].partition("+")
+    out = place(action, variant, seed)
+    if not (out / "summary.json").exists():
+        out.mkdir(parents=True, exist_ok=True)
+        command = f"{budget} {flags} --seed {seed} --resume".split()
+        command += ["--data-root", str(data), "--out", str(out)]
+        with open(out / "console.txt", "a") as console, contextlib.redirect_stdout(console):
+            with patched(change, seed, clip):
+                nayer.main(command)
+    return measure(out)[0]
+
+
+def run(action, args):
+    variants, _, seeds = PLAN[action]
+    names = args.only or list(variants)
+    jobs = [(variant, seed) for seed in range(seeds) for variant in names]  # all of a seed first
+    os.chdir(ROOT)
+    context, found = multiprocessing.get_context("spawn"), read(FILES[action])
+    with ProcessPoolExecutor(2, mp_context=context) as pool:
+        started = {}
+        for variant, seed in jobs:
+            if (variant, str(seed)) not in found:
+                job = pool.submit(work, action, variant, seed, args.data_root, args.clip)
+                started[job] = variant, seed
+        for job in as_completed(started):
+            found[tuple(map(str, started[job]))] = job.result()
+            write(FILES[action], found)
+            print(*started[job], job.result(), flush=True)
+
+
+def read(name):
+    """{(variant, seed): values} of a file in results/."""
+    path = ROOT / "results" / name
+    rows = figures.read(path) if path.exists() else []
+    return {(row.pop("variant"), row.pop("seed")): row for row in rows}
+
+
+def write(name, found):
+    columns = ["variant", "seed", *dict.fromkeys(key for row in found.values() for key in row)]
+
+    def save(path):
+        with open(path, "w", newline="") as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            for (variant, seed), row in sorted(found.items(), key=lambda one: one[0]):
+                row = {key: f"{float(value):.5g}" for key, value in row.items() if value != ""}
+                writer.writerow(dict(variant=variant, seed=seed) | row)
+
+    nayer.write_atomically(ROOT / "results" / name, save)
+
+
+# ---- Scores without data -------------------------------------------------------------------------
+def bring(action):
+    """(teacher, augment) of the runs of an action."""
+    path = "digits_wrn16_2" if action == "digits" else "cifar10_wrn40_2"
+    teacher = nayer.load_model(ROOT / f"teachers/{path}.safetensors").requires_grad_(False)
+    return teacher, nayer.Augment(teacher.info["mean"], teacher.info["std"], 0, False)
+
+
+def fresh_images(action, teacher):
+    """Images of a generator that no student here has met, made without L_adv: 10 batches of it, the
+    first five thrown away."""
+    path = ROOT / "runs/ablations" / f"{action}_fresh"
+    variants, budget, _ = PLAN[action]
+    if not (path / "summary.json").exists():
+        command = f"{budget} --seed 1000 --warmup-epochs 1 --warmup-batches 9 --epochs 1"
+        command += f" --batches 1 --student-steps 1 --alpha-adv 0 --no-eval --resume --out {path}"
+        nayer.main(command.split())
+    images = torch.cat([figures.made(path, epoch)[0] for epoch in (0, 1)])
+    return images[len(images) // 2 :]
+
+
+@torch.no_grad()
+def kd(teacher, student, images, augment):
+    views = augment.normalize(images.float() / 255)
+    return nayer.distillation_loss(student(views), teacher(views), 20.0).item()
+
+
+def scores(args):
+    for action, name in FILES.items():
+        found, (teacher, augment) = read(name), bring(action)
+        fresh, seeds = fresh_images(action, teacher), PLAN[action][2]
+        for (variant, seed), row in found.items():
+            out = place(action, variant, seed)
+            student = nayer.load_model(out / "student.safetensors")
+            # The warm-up images of the same variant's next seed: made as the run's own, and none
+            # that its student has learnt from, as if the run had kept some back.
+            kept = figures.made(place(action, variant, (int(seed) + 1) % seeds), 0)[0]
+            log = figures.read(out / "log.csv")
+            row["agree"] = 100 * float(log[-1]["agree"])
+            for key, images in dict(kept=kept, fresh=fresh).items():
+                row[f"agree_{key}"] = 100 * nayer.agreement(teacher, student, images, augment)
+                row[f"kd_{key}"] = kd(teacher, student, images, augment)
+        write(name, found)
+    draw_scores()
+    draw_convergence()
+
+
+SCORES = {
+    "agree": "new images of the last epoch (column agree)",
+    "agree_kept": "warm-up images kept back",
+    "agree_fresh": "images of a fresh generator, without L_adv",
+    "kd_kept": "L_KD on warm-up images kept back",
+    "kd_fresh": "L_KD on images of a fresh generator",
+}
+
+
+def ranks(rows, key):
+    """Spearman's rank correlation of a score with the accuracy; L_KD counts backwards."""
+    sign = -1 if key.startswith("kd") else 1
+    values = [(sign * float(row[key]), float(row["accuracy"])) for row in rows]
+    return stats.spearmanr(*zip(*values)).statistic
+
+
+def draw_scores():
+    figure = Figure(figsize=(12, 8), layout="constrained")
+    for line, (action, name) in zip(figure.subplots(2, 3), FILES.items()):
+        found = read(name)
+        for axes, key in zip(line, ("agree", "agree_kept", "agree_fresh")):
+            for variant in PLAN[action][0]:
+                rows = [row for (v, _), row in found.items() if v == variant]
+                points = [(float(row[key]), float(row["accuracy"])) for row in rows]
+                axes.plot(*zip(*points), ".", label=variant)
+            rho = ranks(found.values(), key)
+            axes.set(xlabel=f"{SCORES[key]}, %", title=f"{action}: Spearman {rho:.2f}")
+            axes.grid(alpha=0.3)
+        line[0].set_ylabel("true accuracy, %")
+        line[2].legend(fontsize=6)
+    figure.savefig(ROOT / "results/scores.png", dpi=80)
+
+
+def draw_convergence():
+    """The paper's measure: L_CE against the step of a batch, mean over seeds."""
+    inputs = ["default", "LTE of CLIP", "label-input onehot", "label-input noise"]
+    inputs += ["LTE, rows shuffled", "LTE, random of the same covariance"]
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    for axes, (action, (variants, _, seeds)) in zip(figure.subplots(1, 2), PLAN.items()):
+        for variant in inputs:
+            if variant in variants:
+                curves = [measure(place(action, variant, seed))[1] for seed in range(seeds)]
+                mean = [statistics.fmean(values) for values in zip(*curves)]
+                axes.plot(range(1, len(mean) + 1), mean, ".-", label=variant)
+        axes.set(xlabel="generator step within a batch", ylabel="L_CE", yscale="log", title=action)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
+    figure.savefig(ROOT / "results/convergence.png", dpi=90)
+
+
+# ---- Tables --------------------------------------------------------------------------------------
+def interval(values):
+    """(mean, half of the 95 % confidence interval of the mean) by Student's t."""
+    n = len(values)
+    return statistics.fmean(values), stats.t.ppf(0.975, n - 1) * statistics.stdev(values) / n**0.5
+
+
+def report(args):
+    for action, name in FILES.items():
+        found, (variants, _, seeds) = read(name), PLAN[action]
+        column = {
+            (variant, key): [float(found[variant, str(s)][key]) for s in range(seeds)]
+            for variant in variants
+            for key in ("accuracy", "ce_5", "ce_10", "ce_20", "diversity")
+        }
+        print(f"\n| {action}, {seeds} seeds | accuracy, % | difference to the default | verdict |")
+        print("|---|---|---|---|")
+        for variant in variants:
+            values = column[variant, "accuracy"]
+            cells = [f"{statistics.fmean(values):.1f} ± {statistics.stdev(values):.1f}"]
+            if variant != "default":
+                cells += difference(values, column["default", "accuracy"])
+            print(f"| {variant} | {' | '.join(cells)} |")
+        print("\n| variant | L_CE at step 5 | 10 | 20 | diversity |\n|---|---|---|---|---|")
+        for variant in variants:
+            cells = [
+                "{:.3g} ± {:.2g}".format(*interval(column[variant, key]))
+                for key in ("ce_5", "ce_10", "ce_20", "diversity")
+            ]
+            print(f"| {variant} | {' | '.join(cells)} |")
+        if "agree_fresh" not in found["default", "0"]:
+            continue
+        print("\n| score without data | Spearman, all | within a variant, mean |\n|---|---|---|")
+        for key, words in SCORES.items():
+            groups = [
+                [row for (v, _), row in found.items() if v == variant] for variant in variants
+            ]
+            inside = statistics.fmean(ranks(group, key) for group in groups)
+            print(f"| {words} | {ranks(found.values(), key):.2f} | {inside:.2f} |")
+
+
+def difference(values, default):
+    """[mean and interval of the paired differences, what may be said of it]"""
+    mean, half = interval([a - b for a, b in zip(values, default)])
+    low, high = mean - half, mean + half
+    verdict = "worse" if high < 0 else "better" if low > 0 else None
+    verdict = verdict or f"no difference seen, smaller than {max(-low, high):.1f}"
+    return [f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]", verdict]
+
+
+def main():
+    actions = [*PLAN, "scores", "report"]
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("action", choices=actions)
+    parser.add_argument("--only", nargs="+", help="variants (default: all)")
+    parser.add_argument("--data-root", type=Path, default=Path("data/cifar10_jpeg"))
+    parser.add_argument("--clip", type=Path, help="safetensors with CLIP's embeddings, (10, 512)")
+    args = parser.parse_args()
+    steps = {action: partial(run, action) for action in PLAN} | dict(scores=scores, report=report)
+    steps[args.action](args)
+
+
+if __name__ == "__main__":
+    nayer.run_script(main)
