@@ -152,7 +152,7 @@ def parse_args(argv=None):
     add("--student-batch", number(int, 2), (128, 512, 512, 256, 64), "images in a student step")
     add("--reuse", count, (4, 1, 1, 1, 4), "R: times that S learns from an answer of T")
     add("--mix", number(float, 0, 1), (*[0.0] * 4, 0.5), "share of views blended with another")
-    add("--lr", positive, (0.2, 0.2, 0.2, 0.1, 0.2), "of SGD, falls as a cosine over E to 2e-4")
+    add("--lr", positive, (0.2, 0.2, 0.2, 0.1, 0.1), "of SGD, falls as a cosine over E to 2e-4")
     add("--weight-decay", weight, (*[1e-4] * 4, 5e-4), "of SGD (momentum 0.9)")
     add("--nesterov", switch, (*[False] * 4, True), "look ahead: Nesterov's kind of momentum")
     add("--temperature", positive, 20.0, "tau: softens the answers of T and S in L_KD")
@@ -856,10 +856,10 @@ class Run:
         self.rows.append(row)  # of log.csv
         row["best"] = max((r["accuracy"] for r in self.rows if "accuracy" in r), default=None)
         ahead = args.warmup_epochs + args.epochs - 1 - epoch  # epochs
-        if epoch < args.warmup_epochs:  # those after it, by a guess: an image costs S half of G's
-            kd = args.student_steps * args.student_batch / args.generator_steps / 2
-            later = (args.batches + kd / args.synthesis_batch) / args.warmup_batches
-            ahead += args.epochs * (later - 1)
+        if epoch < args.warmup_epochs:  # in generator steps of an image, a view is 0.15 + 0.3 / R
+            views = args.student_steps * args.student_batch * (0.15 + 0.3 / args.reuse)
+            later = args.batches + views / args.generator_steps / args.synthesis_batch
+            ahead += args.epochs * (later / args.warmup_batches - 1)
         row |= dict(images=len(self.memory) * self.ranks, left=ahead * (row["seconds"] - before))
         cells = ((row.get(name), form) for name, form in self.SHOWN.items())
         self.bar.close()  # before the line, which takes its place

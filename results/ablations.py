@@ -59,7 +59,8 @@ DIGITS = {  # what follows a "+" is a patch, below
 }
 SMALL = "--dataset folder --teacher teachers/cifar10_wrn40_2.safetensors --student wrn16_1 "
 SMALL += "--warmup-epochs 2 --warmup-batches 4 --epochs 6 --batches 1 --synthesis-batch 200 "
-SMALL += "--generator-steps 15 --generator-life 100 --student-steps 120 --student-batch 64 --lr 0.1"
+SMALL += "--generator-steps 10 --generator-life 100 --student-steps 200 --student-batch 64 "
+SMALL += "--reuse 4 --lr 0.2 --nesterov --weight-decay 5e-4"
 CIFAR10 = {
     "default": "",
     "LTE of CLIP": "+clip",
@@ -416,6 +417,7 @@ def main():
     parser.add_argument("--data-root", type=Path, default=Path("data/cifar10_jpeg"))
     parser.add_argument("--clip", type=Path, help="safetensors with CLIP's embeddings, (10, 512)")
     args = parser.parse_args()
+    args.data_root, args.clip = args.data_root.resolve(), args.clip and args.clip.resolve()
     steps = {action: partial(run, action) for action in PLAN} | dict(scores=scores, report=report)
     steps[args.action](args)
 

@@ -5,6 +5,7 @@ similarities RUN    RUN/label_embeddings.png: cosine similarity of the class nam
                     before and after the BatchNorm of the noisy layer
 parts OUT RUN ...   OUT: one class's images in the last epoch of each run, a row per run
 diagram RUN OUT     OUT: the method on one picture, with the images of RUN's last two batches
+minutes OUT W=RUN ...  OUT: accuracy against minutes of several runs, each with words W
 published DIR T:S ...  DIR/<T>-<S>/ are runs of published.sh: the table of their accuracies
 """
 
@@ -180,6 +181,18 @@ def diagram(run, out):
     axes.figure.savefig(out, dpi=80)
 
 
+def minutes(out, *runs):
+    axes = Figure(figsize=(8, 4), layout="constrained").subplots()
+    for words, run in (str(run).split("=") for run in runs):
+        log = [row for row in read(Path(run) / "log.csv") if row["accuracy"]]
+        points = [(float(row["seconds"]) / 60, 100 * float(row["accuracy"])) for row in log]
+        axes.plot(*zip(*points), ".-", label=f"{words}: {points[-1][1]:.2f} %")
+    axes.set(xlabel="minutes", ylabel="accuracy on the test images, %", ylim=(40, None))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    axes.figure.savefig(out, dpi=100)
+
+
 def published(folder, *pairs):
     """Pairs without a finished run show a dash."""
     paths = [folder / str(pair).replace(":", "-") / "summary.json" for pair in pairs]
@@ -197,6 +210,7 @@ def published(folder, *pairs):
 
 if __name__ == "__main__":
     actions = dict(strip=strip, similarities=similarities, parts=parts, diagram=diagram)
+    actions |= dict(minutes=minutes)
     actions |= dict(published=published)
     if len(sys.argv) < 3 or sys.argv[1] not in actions:
         sys.exit(__doc__)

@@ -42,6 +42,10 @@ STUDENT = {  # trial: flags
     "Nesterov, weight decay 1e-3": "--nesterov --weight-decay 1e-3",
     "Nesterov, weight decay 5e-4, no mixing": f"{BETTER} --mix 0",
     "Nesterov, weight decay 5e-4, R = 2, equal time": f"{BETTER} --reuse 2 --student-steps 108",
+    "Nesterov, weight decay 5e-4, rate 0.1": f"{BETTER} --lr 0.1",
+    "2.5 times as long, rate 0.1": f"{BETTER} --student-steps 360 --lr 0.1",
+    "2.5 times as long, rate 0.2": f"{BETTER} --student-steps 360",
+    "2.5 times as long, rate 0.05": f"{BETTER} --student-steps 360 --lr 0.05",
 }
 
 
