@@ -1,7 +1,7 @@
 """What each part of NAYER is worth: python results/ablations.py ACTION [--only VARIANT ...]
 
-digits   every variant below on digits, 20 seeds, with a cut budget (results/ablations.csv)
-cifar10  what Z reads, on JPEG CIFAR-10 in --data-root, five seeds (results/cifar10_ablations.csv)
+digits   every variant below on digits, 20 seeds, with a cut budget (results/ablations_20_seeds.csv)
+cifar10  what Z reads, on JPEG CIFAR-10 in --data-root, five seeds (results/ablations_cifar10.csv)
 scores   which number that needs no data ranks all these students as their accuracy does: adds the
          candidates to both files, and draws results/scores.png and results/convergence.png
 report   both tables in Markdown: differences to the default, paired by seed
@@ -70,7 +70,7 @@ CIFAR10 = {
     "LTE, random of the same covariance": "+random",
 }
 PLAN = dict(digits=(DIGITS, CUT, 20), cifar10=(CIFAR10, SMALL, 5))
-FILES = dict(digits="ablations.csv", cifar10="cifar10_ablations.csv")
+FILES = dict(digits="ablations_20_seeds.csv", cifar10="ablations_cifar10.csv")
 
 
 # ---- Patches: variants that no flag of nayer.py makes --------------------------------------------
