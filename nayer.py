@@ -152,7 +152,7 @@ def parse_args(argv=None):
     add("--student-batch", number(int, 2), (128, 512, 512, 256, 64), "images in a student step")
     add("--reuse", count, (4, 1, 1, 1, 4), "R: times that S learns from an answer of T")
     add("--mix", number(float, 0, 1), (*[0.0] * 4, 0.5), "share of views blended with another")
-    add("--lr", positive, (0.2, 0.2, 0.2, 0.1, 0.2), "of SGD, falls as a cosine over E to 2e-4")
+    add("--lr", positive, (0.2, 0.2, 0.2, 0.1, 0.1), "of SGD, falls as a cosine over E to 2e-4")
     add("--weight-decay", weight, (*[1e-4] * 4, 5e-4), "of SGD (momentum 0.9)")
     add("--nesterov", switch, (*[False] * 4, True), "look ahead: Nesterov's kind of momentum")
     add("--temperature", positive, 20.0, "tau: softens the answers of T and S in L_KD")
