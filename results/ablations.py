@@ -166,40 +166,38 @@ def patched(name, seed, clip):
 
 # ---- What is measured of a run -------------------------------------------------------------------
 @torch.no_grad()
-def diversity(run):
+def diversity(action, run):
     """How much images of one class in a batch differ: the mean Euclidean distance between two of
     them, taken between the inputs of the teacher's last linear layer, mean over all batches."""
-    about, seen, found = figures.settings(run), [], []
-    args = nayer.parse_args(["--dataset", about["dataset"], "--teacher", about["teacher"]])
-    teacher = nayer.load_teacher(args)
-    augment = nayer.Augment(teacher.info["mean"], teacher.info["std"], 0, False)
+    (teacher, augment), seen, found = bring(action), [], []
+    batch = int(figures.settings(run)["synthesis_batch"])
     linear = [layer for layer in teacher.modules() if isinstance(layer, nn.Linear)][-1]
     linear.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].flatten(1)))
     for epoch in range(len(figures.read(run / "log.csv"))):
-        images, labels = (
-            part.split(int(about["synthesis_batch"])) for part in figures.made(run, epoch)
-        )
+        images, labels = (part.split(batch) for part in figures.made(run, epoch))
         for x, y in zip(images, labels):
-            teacher.eval()(augment.normalize(x / 255))
+            teacher(augment.normalize(x / 255))
             pairs = (y[:, None] == y).triu(1)
             if pairs.any():
                 found.append(torch.cdist(seen[-1], seen[-1])[pairs].mean().item())
     return statistics.fmean(found) if found else float("nan")
 
 
-def measure(run):
-    """A row of the table, and L_CE by step: the mean over all batches but the run's first one."""
-    log, steps = figures.read(run / "log.csv"), figures.read(run / "generator.csv")
-    steps = [row for row in steps if (row["epoch"], row["batch"]) != ("0", "0")]
-    last = max(int(row["step"]) for row in steps)
-    curve = [
-        statistics.fmean(float(row["loss_ce"]) for row in steps if int(row["step"]) == step)
-        for step in range(last + 1)
-    ]
-    names = ("ce_5", "ce_10", "ce_20")
-    row = dict(accuracy=100 * float(log[-1]["accuracy"]))
-    row |= {name: curve[min(step, last)] for name, step in zip(names, (4, 9, 19))}
-    return row | dict(diversity=diversity(run), seconds=float(log[-1]["seconds"])), curve
+def curve(run):
+    """L_CE by step: the mean over all batches but the run's first one."""
+    steps = {}
+    for row in figures.read(run / "generator.csv"):
+        if (row["epoch"], row["batch"]) != ("0", "0"):
+            steps.setdefault(int(row["step"]), []).append(float(row["loss_ce"]))
+    return [statistics.fmean(steps[step]) for step in sorted(steps)]
+
+
+def measure(action, run):
+    """A row of the table. A batch of fewer steps has its last L_CE in the columns beyond it."""
+    last, losses = figures.read(run / "log.csv")[-1], curve(run)
+    row = dict(accuracy=100 * float(last["accuracy"]))
+    row |= {f"ce_{step}": losses[min(step, len(losses)) - 1] for step in (5, 10, 20)}
+    return row | dict(diversity=diversity(action, run), seconds=float(last["seconds"]))
 
 
 # ---- The runs ------------------------------------------------------------------------------------
@@ -220,14 +218,13 @@ def work(action, variant, seed, data, clip):
         with open(out / "console.txt", "a") as console, contextlib.redirect_stdout(console):
             with patched(change, seed, clip):
                 nayer.main(command)
-    return measure(out)[0]
+    return measure(action, out)
 
 
 def run(action, args):
     variants, _, seeds = PLAN[action]
-    names = args.only or list(variants)
+    names = args.only or [name for name in variants if args.clip or variants[name] != "+clip"]
     jobs = [(variant, seed) for seed in range(seeds) for variant in names]  # all of a seed first
-    os.chdir(ROOT)
     context, found = multiprocessing.get_context("spawn"), read(FILES[action])
     with ProcessPoolExecutor(2, mp_context=context) as pool:
         started = {}
@@ -262,21 +259,26 @@ def write(name, found):
     nayer.write_atomically(ROOT / "results" / name, save)
 
 
+def complete(action):
+    """{variant: its rows, seed after seed} of the variants whose seeds are all measured."""
+    found, (variants, _, seeds) = read(FILES[action]), PLAN[action]
+    rows = {name: [found.get((name, str(seed))) for seed in range(seeds)] for name in variants}
+    return {name: values for name, values in rows.items() if all(values)}
+
+
 # ---- Scores without data -------------------------------------------------------------------------
 def bring(action):
     """(teacher, augment) of the runs of an action."""
-    path = "digits_wrn16_2" if action == "digits" else "cifar10_wrn40_2"
-    teacher = nayer.load_model(ROOT / f"teachers/{path}.safetensors").requires_grad_(False)
+    teacher = nayer.load_teacher(nayer.parse_args(PLAN[action][1].split())).eval()
     return teacher, nayer.Augment(teacher.info["mean"], teacher.info["std"], 0, False)
 
 
-def fresh_images(action, teacher):
+def fresh_images(action):
     """Images of a generator that no student here has met, made without L_adv: 10 batches of it, the
     first five thrown away."""
     path = ROOT / "runs/ablations" / f"{action}_fresh"
-    variants, budget, _ = PLAN[action]
     if not (path / "summary.json").exists():
-        command = f"{budget} --seed 1000 --warmup-epochs 1 --warmup-batches 9 --epochs 1"
+        command = f"{PLAN[action][1]} --seed 1000 --warmup-epochs 1 --warmup-batches 9 --epochs 1"
         command += f" --batches 1 --student-steps 1 --alpha-adv 0 --no-eval --resume --out {path}"
         nayer.main(command.split())
     images = torch.cat([figures.made(path, epoch)[0] for epoch in (0, 1)])
@@ -292,7 +294,7 @@ def kd(teacher, student, images, augment):
 def scores(args):
     for action, name in FILES.items():
         found, (teacher, augment) = read(name), bring(action)
-        fresh, seeds = fresh_images(action, teacher), PLAN[action][2]
+        fresh, seeds = fresh_images(action), PLAN[action][2]
         for (variant, seed), row in found.items():
             out = place(action, variant, seed)
             student = nayer.load_model(out / "student.safetensors")
@@ -330,8 +332,7 @@ def draw_scores():
     for line, (action, name) in zip(figure.subplots(2, 3), FILES.items()):
         found = read(name)
         for axes, key in zip(line, ("agree", "agree_kept", "agree_fresh")):
-            for variant in PLAN[action][0]:
-                rows = [row for (v, _), row in found.items() if v == variant]
+            for variant, rows in complete(action).items():
                 points = [(float(row[key]), float(row["accuracy"])) for row in rows]
                 axes.plot(*zip(*points), ".", label=variant)
             rho = ranks(found.values(), key)
@@ -347,12 +348,12 @@ def draw_convergence():
     inputs = ["default", "LTE of CLIP", "label-input onehot", "label-input noise"]
     inputs += ["LTE, rows shuffled", "LTE, random of the same covariance"]
     figure = Figure(figsize=(11, 4), layout="constrained")
-    for axes, (action, (variants, _, seeds)) in zip(figure.subplots(1, 2), PLAN.items()):
-        for variant in inputs:
-            if variant in variants:
-                curves = [measure(place(action, variant, seed))[1] for seed in range(seeds)]
-                mean = [statistics.fmean(values) for values in zip(*curves)]
-                axes.plot(range(1, len(mean) + 1), mean, ".-", label=variant)
+    for axes, action in zip(figure.subplots(1, 2), PLAN):
+        there = complete(action)
+        for variant in filter(there.__contains__, inputs):
+            curves = [curve(place(action, variant, seed)) for seed in range(len(there[variant]))]
+            mean = [statistics.fmean(values) for values in zip(*curves)]
+            axes.plot(range(1, len(mean) + 1), mean, ".-", label=variant)
         axes.set(xlabel="generator step within a batch", ylabel="L_CE", yscale="log", title=action)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7)
@@ -368,10 +369,11 @@ def interval(values):
 
 def report(args):
     for action, name in FILES.items():
-        found, (variants, _, seeds) = read(name), PLAN[action]
+        found, variants, seeds = read(name), complete(action), PLAN[action][2]
+        nayer.check("default" in variants, f"first run: python results/ablations.py {action}")
         column = {
-            (variant, key): [float(found[variant, str(s)][key]) for s in range(seeds)]
-            for variant in variants
+            (variant, key): [float(row[key]) for row in rows]
+            for variant, rows in variants.items()
             for key in ("accuracy", "ce_5", "ce_10", "ce_20", "diversity")
         }
         print(f"\n| {action}, {seeds} seeds | accuracy, % | difference to the default | verdict |")
@@ -393,10 +395,8 @@ def report(args):
             continue
         print("\n| score without data | Spearman, all | within a variant, mean |\n|---|---|---|")
         for key, words in SCORES.items():
-            groups = [
-                [row for (v, _), row in found.items() if v == variant] for variant in variants
-            ]
-            inside = statistics.fmean(ranks(group, key) for group in groups)
+            inside = torch.tensor([ranks(rows, key) for rows in variants.values()])
+            inside = inside.nanmean()  # nan: all seeds of a variant are equally accurate
             print(f"| {words} | {ranks(found.values(), key):.2f} | {inside:.2f} |")
 
 
@@ -415,9 +415,10 @@ def main():
     parser.add_argument("action", choices=actions)
     parser.add_argument("--only", nargs="+", help="variants (default: all)")
     parser.add_argument("--data-root", type=Path, default=Path("data/cifar10_jpeg"))
-    parser.add_argument("--clip", type=Path, help="safetensors with CLIP's embeddings, (10, 512)")
+    parser.add_argument("--clip", type=Path, help="file of CLIP's embeddings; else it is left out")
     args = parser.parse_args()
     args.data_root, args.clip = args.data_root.resolve(), args.clip and args.clip.resolve()
+    os.chdir(ROOT)
     steps = {action: partial(run, action) for action in PLAN} | dict(scores=scores, report=report)
     steps[args.action](args)
 

@@ -113,9 +113,8 @@ def diagram(run, out):
         axes.add_patch(Rectangle((x, y), width, height, facecolor=color, edgecolor="black"))
         axes.text(x + width / 2, y + height / 2, text, ha="center", va="center", fontsize=10)
 
-    def arrow(start, end, color="black", bend=0.0):
-        how = dict(arrowstyle="->", color=color, connectionstyle=f"arc3,rad={bend}", linewidth=1.5)
-        axes.annotate("", end, start, arrowprops=how)
+    def arrow(start, end, color="black"):
+        axes.annotate("", end, start, arrowprops=dict(arrowstyle="->", color=color, linewidth=1.5))
 
     def picture(x, y, side, values, **how):
         axes.imshow(values, extent=(x, x + side, y, y + side), aspect="auto", **how)
@@ -210,8 +209,7 @@ def published(folder, *pairs):
 
 if __name__ == "__main__":
     actions = dict(strip=strip, similarities=similarities, parts=parts, diagram=diagram)
-    actions |= dict(minutes=minutes)
-    actions |= dict(published=published)
+    actions |= dict(minutes=minutes, published=published)
     if len(sys.argv) < 3 or sys.argv[1] not in actions:
         sys.exit(__doc__)
     actions[sys.argv[1]](*map(Path, sys.argv[2:]))
