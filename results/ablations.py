@@ -34,7 +34,8 @@ import train  # noqa: E402
 
 import nayer  # noqa: E402
 
-CUT = "--warmup-epochs 1 --epochs 3 --generator-steps 20 --student-steps 24 --reuse 1"
+CUT = "--warmup-epochs 1 --epochs 3 --generator-steps 20 --student-steps 24 --student-batch 128 "
+CUT += "--reuse 1 --no-nesterov --weight-decay 1e-4"
 DIGITS = {  # what follows a "+" is a patch, below
     "default": "",
     "label-input onehot": "--label-input onehot",
@@ -384,12 +385,16 @@ def report(args):
             if variant != "default":
                 cells += difference(values, column["default", "accuracy"])
             print(f"| {variant} | {' | '.join(cells)} |")
-        print("\n| variant | L_CE at step 5 | 10 | 20 | diversity |\n|---|---|---|---|---|")
+        print("\n| variant | diversity | L_CE at step 5 | 10 | 20 | at 10, less the default's |")
+        print("|---" * 6 + "|")
         for variant in variants:
             cells = [
                 "{:.3g} ± {:.2g}".format(*interval(column[variant, key]))
-                for key in ("ce_5", "ce_10", "ce_20", "diversity")
+                for key in ("diversity", "ce_5", "ce_10", "ce_20")
             ]
+            more = difference(column[variant, "ce_10"], column["default", "ce_10"], "+.2f")[0]
+            cells = [*cells, "" if variant == "default" else more]
+            cells = cells if any(column[variant, "ce_10"]) else [cells[0], *[""] * 4]
             print(f"| {variant} | {' | '.join(cells)} |")
         if "agree_fresh" not in found["default", "0"]:
             continue
@@ -400,13 +405,13 @@ def report(args):
             print(f"| {words} | {ranks(found.values(), key):.2f} | {inside:.2f} |")
 
 
-def difference(values, default):
+def difference(values, default, form="+.1f"):
     """[mean and interval of the paired differences, what may be said of it]"""
     mean, half = interval([a - b for a, b in zip(values, default)])
     low, high = mean - half, mean + half
     verdict = "worse" if high < 0 else "better" if low > 0 else None
     verdict = verdict or f"no difference seen, smaller than {max(-low, high):.1f}"
-    return [f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]", verdict]
+    return [f"{mean:{form}} [{low:{form}}, {high:{form}}]", verdict]
 
 
 def main():
