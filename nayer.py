@@ -16,7 +16,6 @@ a noisy layer Z between the two, drawn anew for every batch:  x = G(Z(e_y)).
     python nayer.py                            digits on a laptop's CPU, no download
     python nayer.py --dataset cifar10          the published job, for a GPU
     python nayer.py --teacher file.py:load     your own network, and no data (see README.md)
-    python nayer.py --help                     every flag and its default
 
     paper   meaning                                  in this file
     T, S    teacher (frozen), student                teacher, student
@@ -254,8 +253,7 @@ class Generator(nn.Module):
 
 def class_sets(num_classes, batch, device="cpu"):
     """Labels (B,): sets of all C classes in order; a random subset, without repeats, at the end.
-    [ours] With the subset any B and C will do (the authors' B is a multiple of C), and no matrix of
-    Z ever serves two images of one class."""
+    [ours] So any B and C will do (theirs: a multiple of C); no matrix meets a class twice."""
     sets, rest = divmod(batch, num_classes)
     in_order = torch.arange(num_classes, device=device).repeat(sets)  # 0 .. C-1, 0 .. C-1, ...
     return torch.cat([in_order, torch.randperm(num_classes, device=device)[:rest]])
@@ -345,8 +343,7 @@ def distillation_loss(student_logits, teacher_logits, temperature):
 class MemoryBank:
     """M: the synthetic images as one uint8 tensor (capacity, ch, H, W) on the device.
     S learns from all images made so far, not only from the latest batch, or it would forget. A
-    ring: once it is full, new images replace the oldest. (The authors keep PNG files, read anew by
-    a DataLoader after every batch, and cut values to bytes where we round [code].)"""
+    ring: when full, new images replace the oldest. (The authors keep PNG files, not rounded.)"""
     def __init__(self, capacity, channels, image_size, device="cpu"):
         shape = (capacity, channels, image_size, image_size)
         self.images = torch.empty(shape, dtype=torch.uint8, device=device)
@@ -706,10 +703,9 @@ def pick_device(name):
 @torch.no_grad()
 def accuracy(model, batches, augment):
     """Fraction in [0, 1] of images that `model` gets right; batches: (images uint8, labels)."""
-    model.eval()
     correct, seen, device = 0, 0, augment.mean.device
     for images, labels in batches:
-        answers = model(augment.normalize(images.to(device).float() / 255)).argmax(1)
+        answers = model.eval()(augment.normalize(images.to(device).float() / 255)).argmax(1)
         correct, seen = correct + (answers == labels.to(device)).sum(), seen + len(labels)
     return float(correct) / seen
 
@@ -743,7 +739,7 @@ def draw_curve(path, rows, teacher_accuracy):
         axes = right if column.startswith("loss") else left
         points = [(row["seconds"], abs(row[column])) for row in rows if row.get(column)]
         axes.plot(*zip(*points or [(0, math.nan)]), ".-", label=column)
-    left.set(xlabel="seconds", title="Accuracy, and agreement with the teacher on new images")
+    left.set(xlabel="seconds", title="Accuracy, and agreement with T on images kept back")
     right.set(xlabel="seconds", yscale="log", title="Losses, unweighted, without their signs")
     for axes in (left, right):
         axes.grid(alpha=0.3)
@@ -847,6 +843,12 @@ class Run:
             text = f"a loss became {values} in epoch {self.row['epoch']}, {place} step {step}"
             check(all(map(math.isfinite, values)), f"{text}: lower the learning rate, or --no-amp")
         return rows
+    def keep(self, epoch, images):
+        """An epoch's images go to M, but for the warm-up's last batch (half of an only batch): on
+        it, made without L_adv and never learnt from, `agree` is nearest to the accuracy [ours]."""
+        if epoch == max(0, (args := self.args).warmup_epochs - 1):
+            images, self.held = images.tensor_split([-min(args.synthesis_batch, len(images) // 2)])
+        self.memory.add(images)
     def end_epoch(self, images, labels):
         """Print the epoch's row, then write all files."""
         args, row, epoch = self.args, self.row, self.row["epoch"]
@@ -894,7 +896,6 @@ class Run:
     def resume(self):
         """Go back to the checkpoint in --out, if there is one. Returns the epoch to begin with."""
         args, path, self.rows, self.steps = self.args, self.args.out / "checkpoint.pt", [], []
-        # All that a number in the log depends on, as text: it must be the same on --resume.
         self.settings = {k: str(v) for k, v in vars(args).items() if k not in self.FREE}
         weights = sum(t.double().sum().item() for t in self.teacher.state_dict().values())
         self.settings |= dict(ranks=str(self.ranks), names=str(self.names), weights=str(weights))
@@ -918,7 +919,7 @@ class Run:
             self.bn_loss.average = mine["average"]  # of L_BN
             for epoch in range(len(self.rows)):  # all of them, so that the ring stands as it did
                 made = load(args.out / f"memory/epoch_{epoch:03d}.pt")
-                self.memory.add(made["images"].chunk(self.ranks)[self.rank])
+                self.keep(epoch, made["images"].chunk(self.ranks)[self.rank])
         return len(self.rows)
     def finish(self):
         """summary.json, curve.png, the last line on the console. Returns the summary."""
@@ -974,12 +975,10 @@ def main(argv=None):
             bn_loss.update()  # the average moves once per batch, from the last step
             fresh.append((images, labels))  # uint8 (B, ch, H, W), (B,)
         images, labels = map(torch.cat, zip(*fresh))
-        memory.add(images)
+        run.keep(epoch, images)
         run.lap("synthesis")
 
-        if not warm_up:  # S learns, on all of M. Agreement first: the fresh images are new to it
-            run.row["agree"] = agreement(teacher, student, images, run.augment)
-            run.lap("evaluation")
+        if not warm_up:  # S learns, on all of M
             progress = (epoch - args.warmup_epochs) / args.epochs  # cosine from --lr to 2e-4
             rate = 2e-4 + (args.lr - 2e-4) * (1 + math.cos(math.pi * progress)) / 2
             run.optimizer.param_groups[0]["lr"] = rate
@@ -990,9 +989,10 @@ def main(argv=None):
             run.finite(losses[:, None], "student")  # waits for the device
             run.row["loss_kd"] = losses.mean().item()
             run.lap("distillation")
+            run.row["agree"] = agreement(teacher, student, run.held, run.augment)
             if run.test:
                 run.row["accuracy"] = accuracy(student, run.test, run.augment)
-                run.lap("evaluation")
+            run.lap("evaluation")
         run.end_epoch(images, labels)
     return run.finish()
 
