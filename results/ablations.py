@@ -298,37 +298,50 @@ def fresh_images(action):
 
 
 @torch.no_grad()
-def kd(teacher, student, images, augment):
-    views = augment.normalize(images.float() / 255)
-    return nayer.distillation_loss(student(views), teacher(views), 20.0).item()
+def judge(student, views, answers):
+    """(how often the student names the class that the teacher names, in %; L_KD)"""
+    logits = student(views)
+    same = (logits.argmax(1) == answers.argmax(1)).float().mean().item()
+    return 100 * same, nayer.distillation_loss(logits, answers, 20.0).item()
 
 
 def scores(args):
     for action, name in FILES.items():
         found, (teacher, augment) = read(name), bring(action)
-        fresh, seeds = fresh_images(action), PLAN[action][2]
+        batch = nayer.parse_args(PLAN[action][1].split()).synthesis_batch
+
+        def asked(images, teacher=teacher, augment=augment):
+            views = augment.normalize(images.float() / 255)
+            with torch.no_grad():
+                return views, teacher(views)
+
+        fresh = asked(fresh_images(action))
         for (variant, seed), row in found.items():
-            out = place(action, variant, seed)
-            student = nayer.load_model(out / "student.safetensors")
-            # The warm-up images of the same variant's next seed: made as the run's own, and none
-            # that its student has learnt from, as if the run had kept some back.
-            kept = figures.made(place(action, variant, (int(seed) + 1) % seeds), 0)[0]
-            log = figures.read(out / "log.csv")
-            row["agree"] = 100 * float(log[-1]["agree"])
-            for key, images in dict(kept=kept, fresh=fresh).items():
-                row[f"agree_{key}"] = 100 * nayer.agreement(teacher, student, images, augment)
-                row[f"kd_{key}"] = kd(teacher, student, images, augment)
+            # Images of the same variant's next seed: made as the run's own, and none that its
+            # student has learnt from, as if the run had kept them back.
+            other = place(action, variant, (int(seed) + 1) % PLAN[action][2])
+            last = len(figures.read(other / "log.csv")) - 1
+            warm = int(figures.settings(other)["warmup_epochs"]) - 1
+            sets = dict(
+                new=asked(figures.made(other, last)[0]),
+                kept=asked(figures.made(other, warm)[0][-batch:]),
+                fresh=fresh,
+            )
+            student = nayer.load_model(place(action, variant, seed) / "student.safetensors")
+            for key, images in sets.items():
+                row[f"agree_{key}"], row[f"kd_{key}"] = judge(student, *images)
         write(name, found)
     draw_scores()
     draw_convergence()
 
 
 SCORES = {
-    "agree": "new images of the last epoch (column agree)",
-    "agree_kept": "warm-up images kept back",
-    "agree_fresh": "images of a fresh generator, without L_adv",
-    "kd_kept": "L_KD on warm-up images kept back",
-    "kd_fresh": "L_KD on images of a fresh generator",
+    "agree_kept": "agreement on the warm-up's last batch, kept back (column agree)",
+    "agree_new": "agreement on new images of the last epoch, made with L_adv",
+    "agree_fresh": "agreement on images by the default settings, without L_adv",
+    "kd_kept": "L_KD on the warm-up's last batch, kept back",
+    "kd_new": "L_KD on new images of the last epoch",
+    "kd_fresh": "L_KD on images by the default settings, without L_adv",
 }
 
 
@@ -336,6 +349,8 @@ def ranks(rows, key):
     """Spearman's rank correlation of a score with the accuracy; L_KD counts backwards."""
     sign = -1 if key.startswith("kd") else 1
     values = [(sign * float(row[key]), float(row["accuracy"])) for row in rows]
+    if len({accuracy for _, accuracy in values}) == 1:
+        return float("nan")  # no ranks to compare
     return stats.spearmanr(*zip(*values)).statistic
 
 
@@ -343,12 +358,13 @@ def draw_scores():
     figure = Figure(figsize=(12, 8), layout="constrained")
     for line, (action, name) in zip(figure.subplots(2, 3), FILES.items()):
         found = read(name)
-        for axes, key in zip(line, ("agree", "agree_kept", "agree_fresh")):
+        for axes, key in zip(line, SCORES):
             for variant, rows in complete(action).items():
                 points = [(float(row[key]), float(row["accuracy"])) for row in rows]
                 axes.plot(*zip(*points), ".", label=variant)
             rho = ranks(found.values(), key)
-            axes.set(xlabel=f"{SCORES[key]}, %", title=f"{action}: Spearman {rho:.2f}")
+            axes.set_title(f"{action}: Spearman {rho:.2f}")
+            axes.set_xlabel(f"{SCORES[key]}, %", fontsize=8)
             axes.grid(alpha=0.3)
         line[0].set_ylabel("true accuracy, %")
         line[2].legend(fontsize=6)
@@ -381,7 +397,7 @@ def interval(values):
 
 def report(args):
     for action, name in FILES.items():
-        found, variants, seeds = read(name), complete(action), PLAN[action][2]
+        found, variants, (chosen, _, seeds) = read(name), complete(action), PLAN[action]
         nayer.check("default" in variants, f"first run: python results/ablations.py {action}")
         column = {
             (variant, key): [float(row[key]) for row in rows]
@@ -409,11 +425,19 @@ def report(args):
             print(f"| {variant} | {' | '.join(cells)} |")
         if "agree_fresh" not in found["default", "0"]:
             continue
-        print("\n| score without data | Spearman, all | within a variant, mean |\n|---|---|---|")
+        usual = [row for (variant, _), row in found.items() if "steps 1 +" not in chosen[variant]]
+        print(
+            "\n| score without data | all runs | without floor and ceiling | within a variant |",
+            end="",
+        )
+        print(" off by, points |\n|---|---|---|---|---|")
         for key, words in SCORES.items():
             inside = torch.tensor([ranks(rows, key) for rows in variants.values()])
-            inside = inside.nanmean()  # nan: all seeds of a variant are equally accurate
-            print(f"| {words} | {ranks(found.values(), key):.2f} | {inside:.2f} |")
+            cells = [ranks(found.values(), key), ranks(usual, key)]
+            cells += [inside.nanmean()]  # nan: all seeds of a variant are equally accurate
+            cells = [f"{cell:.2f}" for cell in cells]
+            off = statistics.fmean(abs(float(row[key]) - float(row["accuracy"])) for row in usual)
+            print(f"| {words} | {' | '.join(cells)} | {f'{off:.1f}' * key.startswith('agree')} |")
 
 
 def difference(values, default, form="+.1f"):
