@@ -359,12 +359,12 @@ def draw_scores():
     for line, (action, name) in zip(figure.subplots(2, 3), FILES.items()):
         found = read(name)
         for axes, key in zip(line, SCORES):
-            for variant, rows in complete(action).items():
+            for number, (variant, rows) in enumerate(complete(action).items()):
                 points = [(float(row[key]), float(row["accuracy"])) for row in rows]
-                axes.plot(*zip(*points), ".", label=variant)
+                axes.plot(*zip(*points), ".x"[number // 10], label=variant)
             rho = ranks(found.values(), key)
             axes.set_title(f"{action}: Spearman {rho:.2f}")
-            axes.set_xlabel(f"{SCORES[key]}, %", fontsize=8)
+            axes.set_xlabel(SCORES[key].replace(" on ", ", %, on\n").replace(" (column agree)", ""))
             axes.grid(alpha=0.3)
         line[0].set_ylabel("true accuracy, %")
         line[2].legend(fontsize=6)
