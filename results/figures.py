@@ -182,7 +182,7 @@ def diagram(run, out):
 
 def minutes(out, *runs):
     axes = Figure(figsize=(8, 4), layout="constrained").subplots()
-    for words, run in (str(run).split("=") for run in runs):
+    for words, run in (str(run).rsplit("=", 1) for run in runs):
         log = [row for row in read(Path(run) / "log.csv") if row["accuracy"]]
         points = [(float(row["seconds"]) / 60, 100 * float(row["accuracy"])) for row in log]
         axes.plot(*zip(*points), ".-", label=f"{words}: {points[-1][1]:.2f} %")
