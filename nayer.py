@@ -975,7 +975,7 @@ def main(argv=None):
             bn_loss.update()  # the average moves once per batch, from the last step
             fresh.append((images, labels))  # uint8 (B, ch, H, W), (B,)
         images, labels = map(torch.cat, zip(*fresh))
-        run.keep(epoch, images)
+        run.keep(epoch, images)  # in M
         run.lap("synthesis")
 
         if not warm_up:  # S learns, on all of M
