@@ -343,7 +343,7 @@ def distillation_loss(student_logits, teacher_logits, temperature):
 class MemoryBank:
     """M: the synthetic images as one uint8 tensor (capacity, ch, H, W) on the device.
     S learns from all images made so far, not only from the latest batch, or it would forget. A
-    ring: when full, new images replace the oldest. (The authors keep PNG files, not rounded.)"""
+    ring: when full, new images replace the oldest. (Theirs: PNG files, not rounded [code].)"""
     def __init__(self, capacity, channels, image_size, device="cpu"):
         shape = (capacity, channels, image_size, image_size)
         self.images = torch.empty(shape, dtype=torch.uint8, device=device)
@@ -703,9 +703,9 @@ def pick_device(name):
 @torch.no_grad()
 def accuracy(model, batches, augment):
     """Fraction in [0, 1] of images that `model` gets right; batches: (images uint8, labels)."""
-    correct, seen, device = 0, 0, augment.mean.device
+    model, correct, seen, device = model.eval(), 0, 0, augment.mean.device
     for images, labels in batches:
-        answers = model.eval()(augment.normalize(images.to(device).float() / 255)).argmax(1)
+        answers = model(augment.normalize(images.to(device).float() / 255)).argmax(1)
         correct, seen = correct + (answers == labels.to(device)).sum(), seen + len(labels)
     return float(correct) / seen
 

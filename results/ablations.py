@@ -298,6 +298,13 @@ def fresh_images(action):
 
 
 @torch.no_grad()
+def ask(teacher, augment, images):
+    """(what the networks see of the images, the teacher's logits)"""
+    views = augment.normalize(images.float() / 255)
+    return views, teacher(views)
+
+
+@torch.no_grad()
 def judge(student, views, answers):
     """(how often the student names the class that the teacher names, in %; L_KD)"""
     logits = student(views)
@@ -308,28 +315,19 @@ def judge(student, views, answers):
 def scores(args):
     for action, name in FILES.items():
         found, (teacher, augment) = read(name), bring(action)
-        batch = nayer.parse_args(PLAN[action][1].split()).synthesis_batch
-
-        def asked(images, teacher=teacher, augment=augment):
-            views = augment.normalize(images.float() / 255)
-            with torch.no_grad():
-                return views, teacher(views)
-
-        fresh = asked(fresh_images(action))
+        about = nayer.parse_args(PLAN[action][1].split())
+        last = about.warmup_epochs + about.epochs - 1
+        fresh = ask(teacher, augment, fresh_images(action))
         for (variant, seed), row in found.items():
             # Images of the same variant's next seed: made as the run's own, and none that its
             # student has learnt from, as if the run had kept them back.
             other = place(action, variant, (int(seed) + 1) % PLAN[action][2])
-            last = len(figures.read(other / "log.csv")) - 1
-            warm = int(figures.settings(other)["warmup_epochs"]) - 1
-            sets = dict(
-                new=asked(figures.made(other, last)[0]),
-                kept=asked(figures.made(other, warm)[0][-batch:]),
-                fresh=fresh,
-            )
+            kept = figures.made(other, about.warmup_epochs - 1)[0][-about.synthesis_batch :]
+            sets = dict(new=figures.made(other, last)[0], kept=kept)
+            sets = {key: ask(teacher, augment, images) for key, images in sets.items()}
             student = nayer.load_model(place(action, variant, seed) / "student.safetensors")
-            for key, images in sets.items():
-                row[f"agree_{key}"], row[f"kd_{key}"] = judge(student, *images)
+            for key, asked in (sets | dict(fresh=fresh)).items():
+                row[f"agree_{key}"], row[f"kd_{key}"] = judge(student, *asked)
         write(name, found)
     draw_scores()
     draw_convergence()
@@ -426,16 +424,13 @@ def report(args):
         if "agree_fresh" not in found["default", "0"]:
             continue
         usual = [row for (variant, _), row in found.items() if "steps 1 +" not in chosen[variant]]
-        print(
-            "\n| score without data | all runs | without floor and ceiling | within a variant |",
-            end="",
-        )
-        print(" off by, points |\n|---|---|---|---|---|")
+        head = "score without data", "all runs", "without floor and ceiling", "within a variant"
+        print(f"\n| {' | '.join(head)} | off by, points |\n|---|---|---|---|---|")
         for key, words in SCORES.items():
             inside = torch.tensor([ranks(rows, key) for rows in variants.values()])
-            cells = [ranks(found.values(), key), ranks(usual, key)]
-            cells += [inside.nanmean()]  # nan: all seeds of a variant are equally accurate
-            cells = [f"{cell:.2f}" for cell in cells]
+            inside = inside.nanmean()  # nan: all seeds of a variant are equally accurate
+            found_in = (ranks(found.values(), key), ranks(usual, key), inside)
+            cells = [f"{cell:.2f}" for cell in found_in]
             off = statistics.fmean(abs(float(row[key]) - float(row["accuracy"])) for row in usual)
             print(f"| {words} | {' | '.join(cells)} | {f'{off:.1f}' * key.startswith('agree')} |")
 
@@ -459,10 +454,8 @@ def main():
     args = parser.parse_args()
     args.data_root, args.clip = args.data_root.resolve(), args.clip and args.clip.resolve()
     os.chdir(ROOT)
-    steps = {action: functools.partial(run, action) for action in PLAN} | dict(
-        scores=scores, report=report
-    )
-    steps[args.action](args)
+    steps = {action: functools.partial(run, action) for action in PLAN}
+    (steps | dict(scores=scores, report=report))[args.action](args)
 
 
 if __name__ == "__main__":
