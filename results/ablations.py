@@ -1,7 +1,7 @@
 """What each part of NAYER is worth: python results/ablations.py ACTION [--only VARIANT ...]
 
 digits   every variant below on digits, 20 seeds, with a cut budget (results/ablations_20_seeds.csv)
-cifar10  what Z reads, on JPEG CIFAR-10 in --data-root, five seeds (results/ablations_cifar10.csv)
+cifar10  what Z reads, and --mix, on JPEG CIFAR-10, five seeds (results/ablations_cifar10.csv)
 scores   which number that needs no data ranks all these students as their accuracy does: adds the
          candidates to both files, and draws results/scores.png and results/convergence.png
 report   both tables in Markdown: differences to the default, paired by seed
@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import csv
 import functools
+import math
 import multiprocessing
 import os
 import statistics
@@ -69,8 +70,10 @@ CIFAR10 = {
     "label-input noise": "--label-input noise",
     "LTE, rows shuffled": "+shuffled",
     "LTE, random of the same covariance": "+random",
+    "mix 0.5": "--mix 0.5",
 }
 PLAN = dict(digits=(DIGITS, CUT, 20), cifar10=(CIFAR10, SMALL, 5))
+STEPS = (5, 10, 20)  # of a batch, whose L_CE is a column, if a batch has so many
 FILES = dict(digits="ablations_20_seeds.csv", cifar10="ablations_cifar10.csv")
 
 
@@ -202,13 +205,13 @@ def test_images(data):
 
 
 def measure(action, run, data):
-    """A row of the table. A batch of fewer steps has its last L_CE in the columns beyond it."""
+    """A row of the table."""
     last, losses = figures.read(run / "log.csv")[-1], curve(run)
     if not last["accuracy"]:
         student = nayer.load_model(run / "student.safetensors")
         last["accuracy"] = nayer.accuracy(student, *test_images(data))
     row = dict(accuracy=100 * float(last["accuracy"]))
-    row |= {f"ce_{step}": losses[min(step, len(losses)) - 1] for step in (5, 10, 20)}
+    row |= {f"ce_{step}": losses[step - 1] for step in STEPS if step <= len(losses)}
     return row | dict(diversity=diversity(action, run), seconds=float(last["seconds"]))
 
 
@@ -319,13 +322,14 @@ def scores(args):
         last = about.warmup_epochs + about.epochs - 1
         fresh = ask(teacher, augment, fresh_images(action))
         for (variant, seed), row in found.items():
-            # Images of the same variant's next seed: made as the run's own, and none that its
-            # student has learnt from, as if the run had kept them back.
+            # The batch that the run has kept back; and images of the same variant's next seed, made
+            # as the run's own, from which its student has not learnt.
+            own = place(action, variant, seed)
             other = place(action, variant, (int(seed) + 1) % PLAN[action][2])
-            kept = figures.made(other, about.warmup_epochs - 1)[0][-about.synthesis_batch :]
+            kept = figures.made(own, about.warmup_epochs - 1)[0][-about.synthesis_batch :]
             sets = dict(new=figures.made(other, last)[0], kept=kept)
             sets = {key: ask(teacher, augment, images) for key, images in sets.items()}
-            student = nayer.load_model(place(action, variant, seed) / "student.safetensors")
+            student = nayer.load_model(own / "student.safetensors")
             for key, asked in (sets | dict(fresh=fresh)).items():
                 row[f"agree_{key}"], row[f"kd_{key}"] = judge(student, *asked)
         write(name, found)
@@ -397,10 +401,11 @@ def report(args):
     for action, name in FILES.items():
         found, variants, (chosen, _, seeds) = read(name), complete(action), PLAN[action]
         nayer.check("default" in variants, f"first run: python results/ablations.py {action}")
+        steps = [f"ce_{step}" for step in STEPS if found["default", "0"].get(f"ce_{step}")]
         column = {
-            (variant, key): [float(row[key]) for row in rows]
+            (variant, key): [float(row[key] or "nan") for row in rows]
             for variant, rows in variants.items()
-            for key in ("accuracy", "ce_5", "ce_10", "ce_20", "diversity")
+            for key in ("accuracy", "diversity", *steps)
         }
         print(f"\n| {action}, {seeds} seeds | accuracy, % | difference to the default | verdict |")
         print("|---|---|---|---|")
@@ -410,16 +415,16 @@ def report(args):
             same = variant == "default"
             cells += ["", ""] if same else difference(values, column["default", "accuracy"])
             print(f"| {variant} | {' | '.join(cells)} |")
-        print("\n| variant | diversity | L_CE at step 5 | 10 | 20 | at 10, less the default's |")
-        print("|---" * 6 + "|")
+        head = " | ".join(f"L_CE at step {step.removeprefix('ce_')}" for step in steps)
+        print(f"\n| variant | diversity | {head} | at 10, less the default's |")
+        print("|---" * (len(steps) + 3) + "|")
         for variant in variants:
-            cells = [
-                "{:.3g} ± {:.2g}".format(*interval(column[variant, key]))
-                for key in ("diversity", "ce_5", "ce_10", "ce_20")
-            ]
-            more = difference(column[variant, "ce_10"], column["default", "ce_10"], "+.2f")[0]
-            cells = [*cells, "" if variant == "default" else more]
-            cells = cells if any(column[variant, "ce_10"]) else [cells[0], *[""] * 4]
+            keys = [key for key in ("diversity", *steps) if not math.isnan(column[variant, key][0])]
+            cells = ["{:.3g} ± {:.2g}".format(*interval(column[variant, key])) for key in keys]
+            if variant != "default" and len(keys) > 1:
+                values = (column[name, "ce_10"] for name in (variant, "default"))
+                cells += difference(*values, "+.2f")[:1]
+            cells += [""] * (len(steps) + 2 - len(cells))
             print(f"| {variant} | {' | '.join(cells)} |")
         if "agree_fresh" not in found["default", "0"]:
             continue

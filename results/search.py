@@ -93,7 +93,7 @@ def trial(out, name, seed, flags, patches=()):
         writer.writerow(row)
 
 
-def student(out, name, seed=0):
+def student(out, name):
     """A trial of the student's half, from its beginning."""
     distill, fade = nayer.distill, name == "mixing fades with the rate"
 
@@ -103,7 +103,7 @@ def student(out, name, seed=0):
 
     patches = [patch.object(nayer, "synthesize", replay(out / "bank_0"))]
     patches += [patch.object(nayer, "distill", fading)]
-    trial(out, name, seed, f"{BANK}144 {STUDENT[name]}", patches)
+    trial(out, name, 0, f"{BANK}144 {STUDENT[name]}", patches)
 
 
 def main():
@@ -117,9 +117,6 @@ def main():
     trial(args.out, "bank", 0, f"{BANK}580")
     for name in STUDENT:
         student(args.out, name)
-    for seed in (1, 2):
-        for more in ("", ", no mixing"):  # is mixing worth it?
-            student(args.out, f"Nesterov, weight decay 5e-4{more}", seed)
 
 
 if __name__ == "__main__":
