@@ -404,7 +404,6 @@ def synthesize(generator, noisy_layer, inputs, labels, teacher, student, bn_loss
         loss_bn = bn_loss.value if alpha_bn else zero  # look like what T has seen
         loss_adv = adversarial_loss(student(views), teacher_logits) if alpha_adv else zero  # be new
         loss = alpha_ce * loss_ce + alpha_bn * loss_bn + alpha_adv * loss_adv  # of G and Z
-
         # Keep the best step's images without asking the device which step that is.
         shown, better = images.detach(), loss.detach() < best_loss
         best_images = shown if best_images is None else torch.where(better, shown, best_images)
@@ -739,7 +738,7 @@ def draw_curve(path, rows, teacher_accuracy):
         axes = right if column.startswith("loss") else left
         points = [(row["seconds"], abs(row[column])) for row in rows if row.get(column)]
         axes.plot(*zip(*points or [(0, math.nan)]), ".-", label=column)
-    left.set(xlabel="seconds", title="Accuracy, and agreement with T on images kept back")
+    left.set(xlabel="seconds", title="Accuracy, and agreement with T on images apart")
     right.set(xlabel="seconds", yscale="log", title="Losses, unweighted, without their signs")
     for axes in (left, right):
         axes.grid(alpha=0.3)
@@ -844,11 +843,11 @@ class Run:
             check(all(map(math.isfinite, values)), f"{text}: lower the learning rate, or --no-amp")
         return rows
     def keep(self, epoch, images):
-        """An epoch's images go to M, but for the warm-up's last batch (half of an only batch): on
-        it, made without L_adv and never learnt from, `agree` is nearest to the accuracy [ours]."""
-        if epoch == max(0, (args := self.args).warmup_epochs - 1):
-            images, self.held = images.tensor_split([-min(args.synthesis_batch, len(images) // 2)])
-        self.memory.add(images)
+        """An epoch's images go to M, but those of epoch -1 are for `agree` [ours]: made without
+        L_adv by a generator apart, which is thrown away. S never meets them, nor their like."""
+        if epoch >= 0:
+            return self.memory.add(images)
+        self.held, self.bn_loss.average = images[len(images) // 2 :], None  # the earlier are poor
     def end_epoch(self, images, labels):
         """Print the epoch's row, then write all files."""
         args, row, epoch = self.args, self.row, self.row["epoch"]
@@ -860,8 +859,9 @@ class Run:
         ahead = args.warmup_epochs + args.epochs - 1 - epoch  # epochs
         if epoch < args.warmup_epochs:  # in generator steps of an image, a view is 0.15 + 0.3 / R
             views = args.student_steps * args.student_batch * (0.15 + 0.3 / args.reuse)
-            later = args.batches + views / args.generator_steps / args.synthesis_batch
-            ahead += args.epochs * (later / args.warmup_batches - 1)
+            later = args.batches * args.synthesis_batch + views / args.generator_steps  # images
+            now = (ahead - args.epochs) * args.warmup_batches * args.synthesis_batch
+            ahead = (now + args.epochs * later) / len(images) / self.ranks
         row |= dict(images=len(self.memory) * self.ranks, left=ahead * (row["seconds"] - before))
         cells = ((row.get(name), form) for name, form in self.SHOWN.items())
         self.bar.close()  # before the line, which takes its place
@@ -900,13 +900,13 @@ class Run:
         weights = sum(t.double().sum().item() for t in self.teacher.state_dict().values())
         self.settings |= dict(ranks=str(self.ranks), names=str(self.names), weights=str(weights))
         if not path.exists():
-            return 0
+            return -1
         check(args.resume, f"{args.out} holds a run: go on with --resume, or choose another --out")
         load = partial(torch.load, map_location=self.device, weights_only=True)
         with explained(f"{path} is not an intact checkpoint of this nayer.py"):
             state = load(path)
             self.rows, self.steps, old = state["rows"], state["steps"], state["settings"]
-            if len(self.rows) <= args.warmup_epochs:  # the cosine over --epochs has not begun
+            if self.rows[-1]["epoch"] < args.warmup_epochs:  # the cosine over E has not begun
                 old["epochs"] = self.settings["epochs"]
             new = self.settings
             changed = [f"{k} {old.get(k)} -> {new[k]}" for k in new if old.get(k) != new[k]]
@@ -916,11 +916,11 @@ class Run:
             self.optimizer.load_state_dict(state["optimizer"])
             self.generator.load_state_dict(mine["generator"])
             self.noisy_layer.load_state_dict(mine["noisy"])
+            for row in self.rows:  # all epochs, so that the ring stands as it did
+                made = load(args.out / f"memory/epoch_{row['epoch']:03d}.pt")
+                self.keep(row["epoch"], made["images"].chunk(self.ranks)[self.rank])
             self.bn_loss.average = mine["average"]  # of L_BN
-            for epoch in range(len(self.rows)):  # all of them, so that the ring stands as it did
-                made = load(args.out / f"memory/epoch_{epoch:03d}.pt")
-                self.keep(epoch, made["images"].chunk(self.ranks)[self.rank])
-        return len(self.rows)
+        return self.rows[-1]["epoch"] + 1
     def finish(self):
         """summary.json, curve.png, the last line on the console. Returns the summary."""
         out, last = self.args.out, self.rows[-1]
@@ -953,6 +953,7 @@ def main(argv=None):
     for epoch in range(first_epoch, args.warmup_epochs + args.epochs):
         warm_up = epoch < args.warmup_epochs  # fills M; no L_adv, since S knows nothing yet
         num_batches = run.share(args.warmup_batches if warm_up else args.batches)
+        num_batches = 10 if epoch < 0 else num_batches  # epoch -1 is for `agree` alone, see keep
         student_steps = 0 if warm_up else args.student_steps  # S does not learn yet
         run.begin(epoch, num_batches * args.generator_steps + student_steps)
         if epoch % args.generator_life == 0:
@@ -975,9 +976,8 @@ def main(argv=None):
             bn_loss.update()  # the average moves once per batch, from the last step
             fresh.append((images, labels))  # uint8 (B, ch, H, W), (B,)
         images, labels = map(torch.cat, zip(*fresh))
-        run.keep(epoch, images)  # in M
+        run.keep(epoch, images)  # in M, or for `agree`
         run.lap("synthesis")
-
         if not warm_up:  # S learns, on all of M
             progress = (epoch - args.warmup_epochs) / args.epochs  # cosine from --lr to 2e-4
             rate = 2e-4 + (args.lr - 2e-4) * (1 + math.cos(math.pi * progress)) / 2

@@ -528,18 +528,18 @@ def test_a_run_writes_what_it_promises(straight):
     out, summary = straight
     assert summary == json.loads((out / "summary.json").read_text())
     log, steps = rows(out / "log.csv"), rows(out / "generator.csv")
-    assert [int(r["epoch"]) for r in log] == [0, 1, 2, 3] and log[0]["accuracy"] == ""
-    assert [int(r["images"]) for r in log] == [13, 26, 39, 52] and len(steps) == 5 * 2
+    assert [int(r["epoch"]) for r in log] == [-1, 0, 1, 2, 3] and log[1]["accuracy"] == ""
+    assert [int(r["images"]) for r in log] == [0, 26, 39, 52, 65] and len(steps) == 15 * 2
     assert summary["student_accuracy"] == float(log[-1]["accuracy"])
-    assert summary["best_accuracy"] == max(float(r["accuracy"]) for r in log[1:])
+    assert summary["best_accuracy"] == max(float(r["accuracy"]) for r in log[2:])
     assert 0 < summary["seconds_synthesis"] + summary["seconds_distillation"] < summary["seconds"]
     ends = [r for r in steps if r["epoch"] == "0" and r["step"] == "1"]
-    assert float(log[0]["loss_ce"]) == pytest.approx(sum(float(r["loss_ce"]) for r in ends) / 2)
+    assert float(log[1]["loss_ce"]) == pytest.approx(sum(float(r["loss_ce"]) for r in ends) / 2)
     assert all(float(r["left"]) > 0 for r in log[:-1]) and float(log[-1]["left"]) == 0
     assert Image.open(out / "curve.png").size == (1000, 400)
-    for k, count in enumerate((26, 13, 13, 13)):
-        assert Image.open(out / "samples" / f"epoch_00{k}.png").width > 500
-        saved = torch.load(out / "memory" / f"epoch_00{k}.pt", weights_only=True)
+    for k, count in {-1: 130, 0: 26, 1: 13, 2: 13, 3: 13}.items():
+        assert Image.open(out / "samples" / f"epoch_{k:03d}.png").width > 500
+        saved = torch.load(out / "memory" / f"epoch_{k:03d}.pt", weights_only=True)
         assert saved["images"].shape == (count, 1, 16, 16) and len(saved["labels"]) == count
     assert not list(out.glob("**/*.tmp"))
 def test_the_picture_has_a_column_per_class_under_its_name(tmp_path, monkeypatch):
@@ -563,10 +563,10 @@ def test_the_student_is_scored_and_judged_as_it_was_saved_and_can_teach(straight
     views = (images / 255 - 0.3052) / 0.3185
     found = (student(views).argmax(1) == labels).float().mean().item()
     assert found == pytest.approx(summary["student_accuracy"], abs=0.02)  # scored in bf16, maybe
-    made = torch.load(out / "memory/epoch_000.pt", weights_only=True)["images"]
-    how = (made[13:], nayer.Augment([0.3052], [0.3185], 0, False))  # the batch kept back from S
+    made = torch.load(out / "memory/epoch_-01.pt", weights_only=True)["images"]
+    how = (made[65:], nayer.Augment([0.3052], [0.3185], 0, False))  # five batches of epoch -1
     found = nayer.agreement(nayer.load_model(DIGITS), student, *how)
-    assert len(made) == 26 and summary["agree"] == pytest.approx(found, abs=0.16)
+    assert len(made) == 130 and summary["agree"] == pytest.approx(found, abs=0.04)
     flags = f"--epochs 1 --teacher {out}/student.safetensors --out {tmp_path}"
     assert nayer.main([*TINY, *flags.split()])["teacher_accuracy"] == summary["student_accuracy"]
 def test_the_student_inherits_no_remark_about_the_teacher(tmp_path):
@@ -598,7 +598,7 @@ def test_every_switch_makes_another_student(short, tmp_path, flags):
     if flags == "--amp" and nayer.pick_device("cpu")[1]:
         flags = "--no-amp"
     summary = nayer.main([*SHORT, "--out", str(tmp_path / "run"), *flags.split()])
-    assert summary["images"] == (15 if "bank" in flags else 20)  # half a batch is kept back
+    assert summary["images"] == (15 if "bank" in flags else 26)
     assert not same(weights(tmp_path / "run" / "student.safetensors"), short)
 OWN_NETWORKS = """
 import torch, torch.nn as nn
@@ -644,7 +644,7 @@ def test_a_teacher_from_a_file(function, classes, channels, size, batch, student
         f"--synthesis-batch {batch} --out {tmp_path / 'run'}"))
     assert summary["settings"]["dataset"] == "folder" and summary["student_accuracy"] is None
     log, path = rows(tmp_path / "run" / "log.csv"), tmp_path / "run" / "student.safetensors"
-    assert log[0]["agree"] == "" and 0 <= float(log[1]["agree"]) == summary["agree"] <= 1
+    assert log[1]["agree"] == "" and 0 <= float(log[2]["agree"]) == summary["agree"] <= 1
     network = nayer.network_from_file(student) if ".py:" in student else None
     with pytest.raises(nayer.UserError, match="to load_model, too") if network else nullcontext():
         nayer.load_model(path)
@@ -701,7 +701,7 @@ def test_a_run_stopped_at_any_write_resumes_to_the_same_bits(little, tmp_path, m
     monkeypatch.setattr(nayer.os, "replace", stop_at(None))
     nayer.main([*little, "--out", str(tmp_path / "straight")])
     expected, writes = end_of(tmp_path / "straight"), len(calls)
-    assert writes == 2 * 6 + 2, "six files an epoch, and two at the end"
+    assert writes == 3 * 6 + 2, "six files an epoch, and two at the end"
     for k in range(1, writes + 1):
         out = tmp_path / f"stopped_{k}"
         monkeypatch.setattr(nayer.os, "replace", stop_at(k))
@@ -758,8 +758,8 @@ def test_torchrun_shares_the_student_and_splits_the_images(tiny_bert, tmp_path):
         images = torch.load(out / "memory" / f"epoch_00{epoch}.pt", weights_only=True)["images"]
         assert len(images) == 26 and not torch.equal(images[:13], images[13:])
     log = rows(out / "log.csv")
-    assert [row["images"] for row in log] == ["14", "40", "60"] and len(log) == 3  # 30 on each rank
-    assert len(rows(out / "generator.csv")) == 6 and float(log[-1]["loss_kd"]) > 0
+    assert [row["images"] for row in log] == ["0", "26", "52", "60"]  # 30 on each rank
+    assert len(rows(out / "generator.csv")) == 26 and float(log[-1]["loss_kd"]) > 0
 def test_the_images_kept_do_not_depend_on_scoring_large_test_images(tmp_path):
     for name in ("blue", "red"):  # above 64 pixels the loader of the test images draws a seed
         (tmp_path / "set" / "test" / name).mkdir(parents=True)
@@ -884,7 +884,7 @@ OWN = "--image-size 16 --mean 0.3 --std 0.3 --class-names {}/ten.txt --label-inp
     ("--dataset folder --teacher {}/good.safetensors --data-root {}/other", "--no-eval"),
     ("--dataset folder --teacher {}/good.safetensors --data-root {}", "violet"),
     ("--out {}/file/run", "file"), ("--out {}/other", "--resume"),
-    ("--out {}/other --resume", "checkpoint"), ("--generator-lr 1e30", "epoch 0, batch 0, step 1"),
+    ("--out {}/other --resume", "checkpoint"), ("--generator-lr 1e30", "epoch -1, batch 0, step 1"),
     ("--lr 1e30", "epoch 1, student step 1")])
 def test_what_is_found_wrong_later_ends_with_one_line_and_code_1(flags, words, bad, tmp_path):
     keep = lambda: {p: p.read_bytes() for p in bad.glob("**/*.*t*") if p.is_file()}  # noqa: E731

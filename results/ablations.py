@@ -168,6 +168,17 @@ def patched(name, seed, clip):
     ).get(name, contextlib.nullcontext)()
 
 
+def without_epoch_minus_1(action):
+    """Run.resume that begins with epoch 0: the images for `agree` would take as long as the run."""
+    (size, channels, *_), resume = nayer.IMAGES[action], nayer.Run.resume
+
+    def begin(self):
+        self.held = torch.zeros(2, channels, size, size, dtype=torch.uint8)
+        return max(0, resume(self))
+
+    return patch.object(nayer.Run, "resume", begin)
+
+
 # ---- What is measured of a run -------------------------------------------------------------------
 @torch.no_grad()
 def diversity(action, run):
@@ -177,7 +188,7 @@ def diversity(action, run):
     batch = int(figures.settings(run)["synthesis_batch"])
     linear = [layer for layer in teacher.modules() if isinstance(layer, nn.Linear)][-1]
     linear.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].flatten(1)))
-    for epoch in range(len(figures.read(run / "log.csv"))):
+    for epoch in figures.epochs(run):
         images, labels = (part.split(batch) for part in figures.made(run, epoch))
         for x, y in zip(images, labels):
             teacher(augment.normalize(x / 255))
@@ -191,7 +202,7 @@ def curve(run):
     """L_CE by step: the mean over all batches but the run's first one."""
     steps = {}
     for row in figures.read(run / "generator.csv"):
-        if (row["epoch"], row["batch"]) != ("0", "0"):
+        if int(row["epoch"]) >= 0 and (row["epoch"], row["batch"]) != ("0", "0"):
             steps.setdefault(int(row["step"]), []).append(float(row["loss_ce"]))
     return [statistics.fmean(steps[step]) for step in sorted(steps)]
 
@@ -231,7 +242,7 @@ def work(action, variant, seed, data, clip):
         command = f"{budget} {flags} --seed {seed} --resume".split()
         command += ["--data-root", str(data), "--out", str(out)]
         with open(out / "console.txt", "a") as console, contextlib.redirect_stdout(console):
-            with patched(change, seed, clip):
+            with patched(change, seed, clip), without_epoch_minus_1(action):
                 nayer.main(command)
     return measure(action, out, data)
 
@@ -289,14 +300,14 @@ def bring(action):
 
 
 def fresh_images(action):
-    """Images of a generator that no student here has met, made without L_adv: 10 batches of it, the
-    first five thrown away."""
+    """What a run with the default settings makes for its column `agree`: images of a generator that
+    no student here has met."""
     path = ROOT / "runs/ablations" / f"{action}_fresh"
     if not (path / "summary.json").exists():
-        command = f"{PLAN[action][1]} --seed 1000 --warmup-epochs 1 --warmup-batches 9 --epochs 1"
-        command += f" --batches 1 --student-steps 1 --alpha-adv 0 --no-eval --resume --out {path}"
+        command = f"{PLAN[action][1]} --seed 1000 --warmup-epochs 0 --epochs 1 --batches 1"
+        command += f" --student-steps 1 --no-eval --resume --out {path}"
         nayer.main(command.split())
-    images = torch.cat([figures.made(path, epoch)[0] for epoch in (0, 1)])
+    images = figures.made(path, -1)[0]
     return images[len(images) // 2 :]
 
 
@@ -322,14 +333,13 @@ def scores(args):
         last = about.warmup_epochs + about.epochs - 1
         fresh = ask(teacher, augment, fresh_images(action))
         for (variant, seed), row in found.items():
-            # The batch that the run has kept back; and images of the same variant's next seed, made
-            # as the run's own, from which its student has not learnt.
-            own = place(action, variant, seed)
+            # Images of the same variant's next seed: made as the run's own, and none that its
+            # student has learnt from.
             other = place(action, variant, (int(seed) + 1) % PLAN[action][2])
-            kept = figures.made(own, about.warmup_epochs - 1)[0][-about.synthesis_batch :]
+            kept = figures.made(other, about.warmup_epochs - 1)[0][-about.synthesis_batch :]
             sets = dict(new=figures.made(other, last)[0], kept=kept)
             sets = {key: ask(teacher, augment, images) for key, images in sets.items()}
-            student = nayer.load_model(own / "student.safetensors")
+            student = nayer.load_model(place(action, variant, seed) / "student.safetensors")
             for key, asked in (sets | dict(fresh=fresh)).items():
                 row[f"agree_{key}"], row[f"kd_{key}"] = judge(student, *asked)
         write(name, found)

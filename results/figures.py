@@ -39,6 +39,11 @@ def made(run, epoch):
     return file["images"], file["labels"]
 
 
+def epochs(run):
+    """Numbers of the epochs whose images S has learnt from: -1 makes those for `agree`."""
+    return [int(row["epoch"]) for row in read(run / "log.csv") if int(row["epoch"]) >= 0]
+
+
 def show(path, cells, columns, rows, names):
     """cells: images uint8 (ch, H, W), row after row; rows, names: words beside and above them."""
     grid, side = (
@@ -55,8 +60,8 @@ def show(path, cells, columns, rows, names):
 
 
 def strip(run, most=8):
-    epochs = len(read(run / "log.csv"))
-    shown = torch.linspace(0, epochs - 1, min(most, epochs)).round().long().tolist()
+    count = len(epochs(run))
+    shown = torch.linspace(0, count - 1, min(most, count)).round().long().tolist()
     names = nayer.load_model(run / "student.safetensors").info["class_names"]
     classes = range(0, len(names), -(-len(names) // 20))
     cells = []
@@ -72,7 +77,7 @@ def parts(out, *runs):
     """The class that has most images in the last epoch of the first run."""
     cells, chosen = [], None
     for run in runs:
-        images, labels = made(run, len(read(run / "log.csv")) - 1)
+        images, labels = made(run, epochs(run)[-1])
         chosen = labels.mode().values if chosen is None else chosen
         cells += list(images[labels == chosen][:8])
     show(out, cells, min(8, len(cells) // len(runs)), [run.parent.name for run in runs], [])
@@ -102,7 +107,7 @@ def diagram(run, out):
     """What is drawn is real but for the two draws of Z: e_y and its BatchNorm as the run read them,
     and its last two batches, whose labels are the same and for which Z was drawn anew."""
     about, info = settings(run), nayer.load_model(run / "student.safetensors").info
-    names, last = info["class_names"], len(read(run / "log.csv")) - 1
+    names, last = info["class_names"], epochs(run)[-1]
     words = nayer.label_text_embeddings(names, about["text_encoder"], about["prompt"])
     normalised, y = F.batch_norm(words, None, None, training=True), 3
     axes = Figure(figsize=(15, 5.6)).add_axes((0, 0, 1, 1))

@@ -61,8 +61,8 @@ def validation(root, out):
 
 def replay(run):
     """A stand-in for nayer.synthesize that hands out the images of a finished run, in order."""
-    epochs = range(len(figures.read(run / "log.csv")))
-    batches = iter(torch.cat([figures.made(run, epoch)[0] for epoch in epochs]).split(200))
+    made = torch.cat([figures.made(run, epoch)[0] for epoch in (-1, *figures.epochs(run))])
+    batches = iter(made.split(200))
 
     def synthesize(generator, noisy_layer, inputs, labels, *networks, steps, **how):
         return next(batches)[: len(labels)], torch.zeros(steps, 4)
