@@ -1,10 +1,11 @@
 """What each part of NAYER is worth: python results/ablations.py ACTION [--only VARIANT ...]
 
 digits   every variant below on digits, 20 seeds, with a cut budget (results/ablations_20_seeds.csv)
-cifar10  what Z reads, and --mix, on JPEG CIFAR-10, five seeds (results/ablations_cifar10.csv)
-scores   which number that needs no data ranks all these students as their accuracy does: adds the
-         candidates to both files, and draws results/scores.png and results/convergence.png
-report   both tables in Markdown: differences to the default, paired by seed
+cifar10  what Z reads, on JPEG CIFAR-10, five seeds (results/ablations_cifar10.csv)
+mixing   --mix on JPEG CIFAR-10, ten seeds (results/ablations_mixing.csv)
+scores   which number that needs no data ranks the students of the first two as their accuracy does:
+         adds the candidates to both files, draws results/scores.png and results/convergence.png
+report   the tables in Markdown: differences to the default, paired by seed
 
 Each run is nayer.py's own `main`, in runs/ablations/<action>/<variant>/<seed>/. Two run at a time,
 a core each. A run that is there already is not repeated, one that was cut short goes on.
@@ -70,11 +71,12 @@ CIFAR10 = {
     "label-input noise": "--label-input noise",
     "LTE, rows shuffled": "+shuffled",
     "LTE, random of the same covariance": "+random",
-    "mix 0.5": "--mix 0.5",
 }
-PLAN = dict(digits=(DIGITS, CUT, 20), cifar10=(CIFAR10, SMALL, 5))
+MIXING = {"default": "", "mix 0.5": "--mix 0.5"}
+PLAN = dict(digits=(DIGITS, CUT, 20), cifar10=(CIFAR10, SMALL, 5), mixing=(MIXING, SMALL, 10))
 STEPS = (5, 10, 20)  # of a batch, whose L_CE is a column, if a batch has so many
 FILES = dict(digits="ablations_20_seeds.csv", cifar10="ablations_cifar10.csv")
+FILES |= dict(mixing="ablations_mixing.csv")
 
 
 # ---- Patches: variants that no flag of nayer.py makes --------------------------------------------
@@ -170,7 +172,8 @@ def patched(name, seed, clip):
 
 def without_epoch_minus_1(action):
     """Run.resume that begins with epoch 0: the images for `agree` would take as long as the run."""
-    (size, channels, *_), resume = nayer.IMAGES[action], nayer.Run.resume
+    size, channels, *_ = nayer.IMAGES["digits" if action == "digits" else "cifar10"]
+    resume = nayer.Run.resume
 
     def begin(self):
         self.held = torch.zeros(2, channels, size, size, dtype=torch.uint8)
@@ -327,7 +330,7 @@ def judge(student, views, answers):
 
 
 def scores(args):
-    for action, name in FILES.items():
+    for action, name in list(FILES.items())[:2]:
         found, (teacher, augment) = read(name), bring(action)
         about = nayer.parse_args(PLAN[action][1].split())
         last = about.warmup_epochs + about.epochs - 1
@@ -348,9 +351,9 @@ def scores(args):
 
 
 SCORES = {
-    "agree_kept": "agreement on the warm-up's last batch, kept back (column agree)",
+    "agree_kept": "agreement on the warm-up's last batch, kept back",
     "agree_new": "agreement on new images of the last epoch, made with L_adv",
-    "agree_fresh": "agreement on images by the default settings, without L_adv",
+    "agree_fresh": "agreement on images by the default settings, without L_adv (column agree)",
     "kd_kept": "L_KD on the warm-up's last batch, kept back",
     "kd_new": "L_KD on new images of the last epoch",
     "kd_fresh": "L_KD on images by the default settings, without L_adv",
