@@ -147,7 +147,7 @@ def parse_args(argv=None):
     add("--images-per-matrix", count, None, "that share a matrix of Z (None: one of each class)")
     add("--lte-norm", switch, True, "the BatchNorm between the LTE and Z")
     group = parser.add_argument_group("student")
-    add("--student-steps", count, (64, 400, 400, 1000, 1100), "distillation steps per epoch")
+    add("--student-steps", count, (64, 400, 400, 1000, 1200), "distillation steps per epoch")
     add("--student-batch", number(int, 2), (64, 512, 512, 256, 64), "images in a student step")
     add("--reuse", count, (8, 1, 1, 1, 4), "R: times that S learns from an answer of T")
     add("--mix", number(float, 0, 1), (*[0.0] * 4, 0.5), "share of views blended with another")
