@@ -75,8 +75,12 @@ CIFAR10 = {
 MIXING = {"default": "", "mix 0.5": "--mix 0.5"}
 PLAN = dict(digits=(DIGITS, CUT, 20), cifar10=(CIFAR10, SMALL, 5), mixing=(MIXING, SMALL, 10))
 STEPS = (5, 10, 20)  # of a batch, whose L_CE is a column, if a batch has so many
-FILES = dict(digits="ablations_20_seeds.csv", cifar10="ablations_cifar10.csv")
-FILES |= dict(mixing="ablations_mixing.csv")
+FILES = {
+    "digits": "ablations_20_seeds.csv",
+    "cifar10": "ablations_cifar10.csv",
+    "mixing": "ablations_mixing.csv",
+}
+SCORED = ("digits", "cifar10")
 
 
 # ---- Patches: variants that no flag of nayer.py makes --------------------------------------------
@@ -170,12 +174,12 @@ def patched(name, seed, clip):
     ).get(name, contextlib.nullcontext)()
 
 
-def without_epoch_minus_1(action):
+def without_epoch_minus_1():
     """Run.resume that begins with epoch 0: the images for `agree` would take as long as the run."""
-    size, channels, *_ = nayer.IMAGES["digits" if action == "digits" else "cifar10"]
     resume = nayer.Run.resume
 
     def begin(self):
+        channels, size = self.shape
         self.held = torch.zeros(2, channels, size, size, dtype=torch.uint8)
         return max(0, resume(self))
 
@@ -245,7 +249,7 @@ def work(action, variant, seed, data, clip):
         command = f"{budget} {flags} --seed {seed} --resume".split()
         command += ["--data-root", str(data), "--out", str(out)]
         with open(out / "console.txt", "a") as console, contextlib.redirect_stdout(console):
-            with patched(change, seed, clip), without_epoch_minus_1(action):
+            with patched(change, seed, clip), without_epoch_minus_1():
                 nayer.main(command)
     return measure(action, out, data)
 
@@ -330,8 +334,8 @@ def judge(student, views, answers):
 
 
 def scores(args):
-    for action, name in list(FILES.items())[:2]:
-        found, (teacher, augment) = read(name), bring(action)
+    for action in SCORED:
+        found, (teacher, augment) = read(FILES[action]), bring(action)
         about = nayer.parse_args(PLAN[action][1].split())
         last = about.warmup_epochs + about.epochs - 1
         fresh = ask(teacher, augment, fresh_images(action))
@@ -345,7 +349,7 @@ def scores(args):
             student = nayer.load_model(place(action, variant, seed) / "student.safetensors")
             for key, asked in (sets | dict(fresh=fresh)).items():
                 row[f"agree_{key}"], row[f"kd_{key}"] = judge(student, *asked)
-        write(name, found)
+        write(FILES[action], found)
     draw_scores()
     draw_convergence()
 
@@ -371,8 +375,8 @@ def ranks(rows, key):
 
 def draw_scores():
     figure = Figure(figsize=(12, 8), layout="constrained")
-    for line, (action, name) in zip(figure.subplots(2, 3), FILES.items()):
-        found = read(name)
+    for line, action in zip(figure.subplots(2, 3), SCORED):
+        found = read(FILES[action])
         for axes, key in zip(line, SCORES):
             for number, (variant, rows) in enumerate(complete(action).items()):
                 points = [(float(row[key]), float(row["accuracy"])) for row in rows]
@@ -391,7 +395,7 @@ def draw_convergence():
     inputs = ["default", "LTE of CLIP", "label-input onehot", "label-input noise"]
     inputs += ["LTE, rows shuffled", "LTE, random of the same covariance"]
     figure = Figure(figsize=(11, 4), layout="constrained")
-    for axes, action in zip(figure.subplots(1, 2), PLAN):
+    for axes, action in zip(figure.subplots(1, 2), SCORED):
         there = complete(action)
         for variant in filter(there.__contains__, inputs):
             curves = [curve(place(action, variant, seed)) for seed in range(len(there[variant]))]
