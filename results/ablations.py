@@ -208,8 +208,8 @@ def diversity(action, run):
 def curve(run):
     """L_CE by step: the mean over all batches but the run's first one."""
     steps = {}
-    for row in figures.read(run / "generator.csv"):
-        if int(row["epoch"]) >= 0 and (row["epoch"], row["batch"]) != ("0", "0"):
+    for row in figures.learnt(run / "generator.csv"):
+        if (row["epoch"], row["batch"]) != ("0", "0"):
             steps.setdefault(int(row["step"]), []).append(float(row["loss_ce"]))
     return [statistics.fmean(steps[step]) for step in sorted(steps)]
 

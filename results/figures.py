@@ -39,9 +39,14 @@ def made(run, epoch):
     return file["images"], file["labels"]
 
 
+def learnt(path):
+    """Rows of a run's log.csv or generator.csv but those of epoch -1: S never meets its images."""
+    return [row for row in read(path) if int(row["epoch"]) >= 0]
+
+
 def epochs(run):
-    """Numbers of the epochs whose images S has learnt from: -1 makes those for `agree`."""
-    return [int(row["epoch"]) for row in read(run / "log.csv") if int(row["epoch"]) >= 0]
+    """Numbers of the epochs whose images S has learnt from."""
+    return [int(row["epoch"]) for row in learnt(run / "log.csv")]
 
 
 def show(path, cells, columns, rows, names):
