@@ -232,15 +232,15 @@ def test_the_images_kept_are_those_of_the_best_step_without_augmentation(monkeyp
         if (best := losses[:, 3].argmin().item()) != 5:
             break
     assert best != 5 and torch.equal(images, (seen[best].detach() * 255).round().byte())
-def small_distillation(reuse, steps, lr=0.05, seen=None, images=None, **more):
+def small_distillation(reuse, steps, lr=0.05, seen=None, images=None, memory=None, **more):
     made, _, parts = small_synthesis()
-    teacher, student, memory = parts["teacher"], parts["student"], nayer.MemoryBank(100, 3, 16)
-    memory.add(made if images is None else images)
+    teacher, student, bank = parts["teacher"], parts["student"], nayer.MemoryBank(100, 3, 16)
+    bank.add(made if images is None else images)
     if seen is not None:
         teacher.register_forward_pre_hook(lambda m, x: seen.append(x[0]))
         student.register_forward_pre_hook(lambda m, x: seen.append(x[0]))
     optimizer = torch.optim.SGD(student.parameters(), lr, 0.9)
-    common = (teacher, student, memory, optimizer, parts["augment"])
+    common = (teacher, student, memory or bank, optimizer, parts["augment"])
     how = dict(steps=steps, batch=16, temperature=4.0, reuse=reuse, **more)
     return nayer.distill(*common, **how), parts
 def test_distillation_lowers_its_loss_and_leaves_the_teacher_alone():
@@ -248,15 +248,15 @@ def test_distillation_lowers_its_loss_and_leaves_the_teacher_alone():
     assert losses.shape == (60,) and losses[-15:].mean() < 0.7 * losses[:15].mean()
     assert same(small_teacher().state_dict(), parts["teacher"].state_dict())
 def test_reuse_asks_the_teacher_once_for_a_view_that_the_student_sees_r_times():
-    seen = []
-    small_distillation(3, 96, seen=seen)  # two pools of 16 batches of 16 views, three passes each
-    assert len(seen) == 2 * 16 + 96
-    for pool in (seen[:64], seen[64:]):
-        answered, *learnt = (torch.cat(pool[k : k + 16]).flatten(1) for k in (0, 16, 32, 48))
-        order = [x[(x.double() @ torch.arange(x.shape[1]).double()).argsort()] for x in learnt]
-        rows = answered[(answered.double() @ torch.arange(answered.shape[1]).double()).argsort()]
-        assert all(torch.equal(rows, part) for part in order)
-        assert not torch.equal(learnt[0], learnt[1])
+    small_distillation(3, 96, seen=(seen := []))  # a pool of 32 batches of 16 views, three passes
+    parts = [torch.cat(seen[k : k + 32]).flatten(1).double() for k in (0, 32, 64, 96)]
+    answered, *learnt = (x[(x @ torch.arange(x.shape[1]).double()).argsort()] for x in parts)
+    assert all(torch.equal(answered, part) for part in learnt)
+    assert len(seen) == 32 + 96 and not torch.equal(parts[1], parts[2])
+    large = Mock(images=torch.empty(1, 2**22), sample=lambda n: torch.zeros(n, 3, 16, 16))
+    for memory, asked in ((None, 3), (large, 4)):  # a pool of 3 batches; two of 2, of 512 MiB
+        small_distillation(3, 7, seen=(seen := []), memory=memory)
+        assert len(seen) == asked + 7
 def test_mixing_blends_a_share_of_the_views_and_the_teacher_answers_the_blend():
     seen, images = [], torch.tensor([0, 255]).byte().view(2, 1, 1, 1).expand(2, 3, 16, 16)
     small_distillation(1, 60, seen=seen, images=images, mix=0.5)
