@@ -341,7 +341,7 @@ def distillation_loss(student_logits, teacher_logits, temperature):
 
 # ---- Memory bank and augmentation ------------------------------------------------------------- M
 class MemoryBank:
-    """M: the synthetic images, uint8 (capacity, ch, H, W), on the device (theirs: PNG files [code]).
+    """M: the synthetic images, uint8 (capacity, ch, H, W), on the device; theirs: PNG files [code].
     S learns from all images so far, or it would forget. A ring: the newest replace the oldest."""
     def __init__(self, capacity, channels, image_size, device="cpu"):
         shape = (capacity, channels, image_size, image_size)

@@ -141,7 +141,7 @@ def plain_loop():
 
 def shipped(*flags):
     """Likewise of nayer.py, as log.csv has it: every step counts, the first too. With reuse R, the
-    student passes R times over one pool of 16 batches, and T's answers to it are shared by all."""
+    steps are R passes over one pool of 16 batches, and T's answers to it are shared by all."""
     steps = 16 * int(flags[1]) if "--reuse" in flags else STEPS
     with tempfile.TemporaryDirectory() as out:
         command = "nayer.py --dataset cifar10 --epochs 1 --warmup-epochs 0 --batches 1 --no-eval"
