@@ -29,6 +29,16 @@ def read(path):
         return list(csv.DictReader(file))
 
 
+def add(path, row):
+    """One row, a dict, at the end of a table; a new table gets its keys as the head."""
+    fresh = not path.exists()
+    with open(path, "a", newline="") as file:
+        writer = csv.DictWriter(file, list(row))
+        if fresh:
+            writer.writeheader()
+        writer.writerow(row)
+
+
 def settings(run):
     return json.loads((run / "summary.json").read_text())["settings"]
 

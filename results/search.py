@@ -10,7 +10,6 @@ class), which the teacher has seen in its training and no student here.
 """
 
 import argparse
-import csv
 import os
 import shutil
 import sys
@@ -26,7 +25,7 @@ TABLE, TEACHER = ROOT / "results/search.csv", "teachers/cifar10_wrn40_2.safetens
 sys.path.insert(0, str(ROOT))
 import nayer  # noqa: E402
 
-COLUMNS = "trial seed flags images seconds_synthesis seconds_distillation accuracy".split()
+SUMS = "images seconds_synthesis seconds_distillation".split()
 BANK = "--warmup-epochs 6 --warmup-batches 6 --epochs 25 --batches 2 --generator-steps 8 "
 BANK += "--synthesis-batch 200 --reuse 4 --mix 0.5 --student-batch 64 --lr 0.2 --no-nesterov "
 BANK += "--weight-decay 1e-4 --student-steps "
@@ -84,13 +83,9 @@ def trial(out, name, seed, flags, patches=()):
         for one in patches:
             stack.enter_context(one)
         summary = nayer.main([*common, *flags.split()])
-    row = dict(trial=name, seed=seed, flags=flags, accuracy=summary["student_accuracy"])
-    row |= {key: round(summary[key], 1) for key in COLUMNS[3:6]}
-    with open(TABLE, "a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        if not rows:
-            writer.writeheader()
-        writer.writerow(row)
+    row = dict(trial=name, seed=seed, flags=flags)
+    row |= {key: round(summary[key], 1) for key in SUMS}
+    figures.add(TABLE, row | dict(accuracy=summary["student_accuracy"]))
 
 
 def student(out, name):
