@@ -142,8 +142,7 @@ def parse_args(argv=None):
     add("--alpha-adv", weight, (0.2, *[1.33] * 4), "weight of L_adv, off in the warm-up")
     add("--bn-momentum", number(float, 0, 1), 0.9, "share of the moving average in L_BN; 0: none")
     add("--label-input", str, "lte", "what Z reads", choices=["lte", "onehot", "noise"])
-    kinds = ["reinit", "fixed", "off"]  # Z drawn for each batch; once; no Z at all
-    add("--noisy-layer", str, "reinit", "drawn for each batch, once, or no Z at all", choices=kinds)
+    add("--noisy-layer", str, "reinit", "per batch, once, no Z", choices=["reinit", "fixed", "off"])
     add("--images-per-matrix", count, None, "that share a matrix of Z (None: one of each class)")
     add("--lte-norm", switch, True, "the BatchNorm between the LTE and Z")
     group = parser.add_argument_group("student")
@@ -672,7 +671,7 @@ def run_script(main):
     kept = f"finished epochs are kept: go on with {command} --resume"
     hints = {"by peer|NCCL": f"another process of this run has ended; {kept}"}
     memory = "out of memory: lower --synthesis-batch, --student-batch or --bank-size"
-    hints["out of memory|allocate memory|tried to allocate"] = memory
+    hints["out of memory|tried to allocate"] = memory
     try:
         main()
     except KeyboardInterrupt as signum:
@@ -935,6 +934,7 @@ class Run:
             draw = partial(draw_curve, rows=self.rows, teacher_accuracy=self.teacher_accuracy)
             write_atomically(out / "curve.png", draw)
         if self.ranks > 1:
+            dist.barrier()  # gloo may abort a rank that leaves while it still holds a tensor
             dist.destroy_process_group()
         return summary
 
