@@ -142,7 +142,8 @@ def parse_args(argv=None):
     add("--alpha-adv", weight, (0.2, *[1.33] * 4), "weight of L_adv, off in the warm-up")
     add("--bn-momentum", number(float, 0, 1), 0.9, "share of the moving average in L_BN; 0: none")
     add("--label-input", str, "lte", "what Z reads", choices=["lte", "onehot", "noise"])
-    add("--noisy-layer", str, "reinit", "per batch, once, no Z", choices=["reinit", "fixed", "off"])
+    kinds = ["reinit", "fixed", "off"]  # Z drawn for each batch; once; no Z at all
+    add("--noisy-layer", str, "reinit", "drawn for each batch, once, or no Z at all", choices=kinds)
     add("--images-per-matrix", count, None, "that share a matrix of Z (None: one of each class)")
     add("--lte-norm", switch, True, "the BatchNorm between the LTE and Z")
     group = parser.add_argument_group("student")
@@ -671,7 +672,7 @@ def run_script(main):
     kept = f"finished epochs are kept: go on with {command} --resume"
     hints = {"by peer|NCCL": f"another process of this run has ended; {kept}"}
     memory = "out of memory: lower --synthesis-batch, --student-batch or --bank-size"
-    hints["out of memory|tried to allocate"] = memory
+    hints["out of memory|allocate memory|tried to allocate"] = memory
     try:
         main()
     except KeyboardInterrupt as signum:
@@ -895,7 +896,7 @@ class Run:
     def resume(self):
         """Go back to the checkpoint in --out, if there is one. Returns the epoch to begin with."""
         args, path, self.rows, self.steps = self.args, self.args.out / "checkpoint.pt", [], []
-        self.settings = {k: str(v) for k, v in vars(args).items() if k not in self.FREE}
+        new = self.settings = {k: str(v) for k, v in vars(args).items() if k not in self.FREE}
         weights = sum(t.double().sum().item() for t in self.teacher.state_dict().values())
         self.settings |= dict(ranks=str(self.ranks), names=str(self.names), weights=str(weights))
         if not path.exists():
@@ -906,8 +907,7 @@ class Run:
             state = load(path)
             self.rows, self.steps, old = state["rows"], state["steps"], state["settings"]
             if self.rows[-1]["epoch"] < args.warmup_epochs:  # the cosine over E has not begun
-                old["epochs"] = self.settings["epochs"]
-            new = self.settings
+                old["epochs"] = new["epochs"]
             changed = [f"{k} {old.get(k)} -> {new[k]}" for k in new if old.get(k) != new[k]]
             check(not changed, f"{path} is of a run with other settings: {'; '.join(changed)}")
             mine = state["everyone"][self.rank]
