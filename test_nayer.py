@@ -688,30 +688,24 @@ def little(tmp_path_factory):
     return [*TINY, "--no-eval", "--teacher", str(path), *shlex.split(
         "--generator-width 2 --bank-size 20 --epochs 1 --label-input onehot --noisy-layer fixed")]
 def test_a_run_stopped_at_any_write_resumes_to_the_same_bits(little, tmp_path, monkeypatch):
-    replace, calls = os.replace, []
-    def stop_at(k):
-        calls.clear()
-        def fail(source, target):
-            calls.append(target)
-            if len(calls) == k:
-                Path(source).write_bytes(Path(source).read_bytes()[:50])  # cut, and left behind
-                raise Stop
-            replace(source, target)
-        return fail
-    monkeypatch.setattr(nayer.os, "replace", stop_at(None))
-    nayer.main([*little, "--out", str(tmp_path / "straight")])
-    expected, writes = end_of(tmp_path / "straight"), len(calls)
-    assert writes == 3 * 6 + 2, "six files an epoch, and two at the end"
-    for k in range(1, writes + 1):
-        out = tmp_path / f"stopped_{k}"
-        monkeypatch.setattr(nayer.os, "replace", stop_at(k))
-        with pytest.raises(Stop):
-            nayer.main([*little, "--out", str(out)])
-        monkeypatch.setattr(nayer.os, "replace", replace)
-        summary = nayer.main([*little, "--out", str(out), "--resume"])
-        assert end_of(out) == expected, f"stopped at write {k}"
-        assert summary == json.loads((out / "summary.json").read_text())
-        assert not list(out.glob("**/*.tmp"))
+    replace, out, left = os.replace, tmp_path / "straight", []
+    def photograph(source, target):
+        """What a kill at this write leaves on the disk: a cut file, and all that came before."""
+        left.append(shutil.copytree(out, tmp_path / f"stopped_{len(left)}"))
+        cut = left[-1] / Path(source).relative_to(out)
+        cut.write_bytes(cut.read_bytes()[:50])
+        replace(source, target)
+    monkeypatch.setattr(nayer.os, "replace", photograph)
+    nayer.main([*little, "--out", str(out)])
+    monkeypatch.setattr(nayer.os, "replace", replace)
+    expected = end_of(out)
+    assert len(left) == 3 * 6 + 2, "six files an epoch, and two at the end"
+    for place in left:
+        assert len(list(place.glob("**/*.tmp"))) == 1
+        summary = nayer.main([*little, "--out", str(place), "--resume"])
+        assert end_of(place) == expected, place
+        assert summary == json.loads((place / "summary.json").read_text())
+        assert not list(place.glob("**/*.tmp"))
 def test_a_real_kill_and_a_full_disk(straight, tmp_path, monkeypatch):
     out, command = tmp_path / "run", [sys.executable, "nayer.py", *TINY, "--out", tmp_path / "run"]
     process = subprocess.Popen(command, cwd=HERE, stdout=subprocess.DEVNULL)
