@@ -89,7 +89,7 @@ def parse_args(argv=None):
     """The command line -> a Namespace. A wrong one ends with one line on stderr and exit code 2.
     A tuple of defaults has a value for each preset: digits [ours: small; a weak L_adv keeps images
     legible], cifar10 (and folders), cifar100, tiny_imagenet [code: the authors' scripts; no result
-    belongs to their parser's defaults], cpu [ours: the best wrn16_1 in 40 minutes on two cores]."""
+    belongs to their parser's defaults], cpu [ours: the best wrn16_1 in an hour of two cores]."""
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # which preset?
     for flag in ("--dataset", "--teacher", "--preset"):
         early.add_argument(flag, nargs="?")
@@ -108,7 +108,7 @@ def parse_args(argv=None):
         group.add_argument(flag, default=default, help=text, **how, **more)
     group = parser.add_argument_group("run")
     add("--dataset", str, data, "the images to score on", choices=IMAGES)
-    add("--preset", str, preset, "whose defaults; cpu: the best in 40 minutes", choices=PRESETS)
+    add("--preset", str, preset, "whose defaults; cpu: the best in an hour", choices=PRESETS)
     add("--data-root", Path, Path("data"), "folder of the data sets, for scoring alone")
     add("--out", Path, None, "folder to write to (None: runs/<dataset>-<teacher>-<student>)")
     add("--seed", number(int, 0, 2**63 - 1), 0, "of all random numbers")
@@ -948,7 +948,7 @@ def main(argv=None):
     first_epoch = run.resume()
     run.say(f"{args.dataset}: {args.teacher} -> {args.student}, {run.device}{', bf16' * args.amp}")
     if run.device.type == "cpu" and args.preset in PRESETS[1:4]:
-        run.say("the published settings take days on a CPU; --preset cpu takes 40 minutes")
+        run.say("the published settings take days on a CPU; --preset cpu takes 40 to 70 minutes")
     run.say("".join(f"{name.removeprefix('loss_'):>9}" for name in run.SHOWN))
     for epoch in range(first_epoch, args.warmup_epochs + args.epochs):
         warm_up = epoch < args.warmup_epochs  # fills M; no L_adv, since S knows nothing yet

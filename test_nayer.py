@@ -938,7 +938,7 @@ def test_a_folder_trains_a_teacher_that_distils(folder, tmp_path, monkeypatch, c
     flags = f"--teacher {tmp_path}/t.safetensors --label-input onehot --dataset folder"
     flags = [*flags.split(), "--data-root", str(folder), "--out", str(tmp_path / "run")]
     summary = nayer.main([*TINY, *flags])
-    assert "--preset cpu takes 40 minutes" in capsys.readouterr().out  # it has cifar10's settings
+    assert "--preset cpu takes 40 to 70 minutes" in capsys.readouterr().out  # cifar10's settings
     assert summary["teacher_accuracy"] == pytest.approx(teacher.info["accuracy"], abs=0.03)
 def damage(folder, kind):
     dict(unreadable=lambda: (folder / "red" / "01.png").write_bytes(b"no image"),
