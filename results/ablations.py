@@ -7,21 +7,23 @@ scores   which number that needs no data ranks the students of the first two as 
          adds the candidates to both files, draws results/scores.png and results/convergence.png
 report   the tables in Markdown: differences to the default, paired by seed
 
-Each run is nayer.py's own `main`, in runs/ablations/<action>/<variant>/<seed>/. Two run at a time,
-a core each. A run that is there already is not repeated, one that was cut short goes on.
+Each run is nayer.py's own `main`, in runs/ablations/<action>/<variant>/<seed>/, without images for
+`agree`, which would take as long as the run. Two run at a time, a core each. A run that is there
+already is not repeated, one that was cut short goes on.
 """
 
 import argparse
 import contextlib
 import csv
 import functools
-import math
 import multiprocessing
 import os
 import statistics
 import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from math import isnan, nan
 from pathlib import Path
+from typing import NamedTuple
 from unittest.mock import patch
 
 import figures
@@ -36,20 +38,23 @@ import train  # noqa: E402
 
 import nayer  # noqa: E402
 
-CUT = "--warmup-epochs 1 --epochs 3 --generator-steps 20 --student-steps 24 --student-batch 128 "
-CUT += "--reuse 1 --no-nesterov --weight-decay 1e-4"
+# ---- The variants --------------------------------------------------------------------------------
+CUT = (
+    "--warmup-epochs 1 --epochs 3 --generator-steps 20 --student-steps 24 --student-batch 128 "
+    "--reuse 1 --no-nesterov --weight-decay 1e-4"
+)
 DIGITS = {  # what follows a "+" is a patch, below
     "default": "",
     "label-input onehot": "--label-input onehot",
     "label-input noise": "--label-input noise",
     "LTE, rows shuffled": "+shuffled",
     "LTE, random of the same covariance": "+random",
-    "no-lte-norm": "--no-lte-norm",
+    "no-lte-norm": "+no_norm",
     "LTE centred, not scaled": "+centred",
     "LTE scaled, not centred": "+scaled",
     "noisy-layer fixed": "--noisy-layer fixed",
     "noisy-layer off": "--noisy-layer off",
-    "images-per-matrix 1": "--images-per-matrix 1",
+    "images-per-matrix 1": "+one_image_per_matrix",
     "alpha-bn 0": "--alpha-bn 0",
     "bn-momentum 0": "--bn-momentum 0",
     "bn-momentum 0, alpha-bn 0.3": "--bn-momentum 0 --alpha-bn 0.3",
@@ -60,10 +65,13 @@ DIGITS = {  # what follows a "+" is a patch, below
     "untrained generator": "--generator-steps 1 +untrained",
     "real training digits": "--generator-steps 1 +real",
 }
-SMALL = "--dataset folder --teacher teachers/cifar10_wrn40_2.safetensors --student wrn16_1 "
-SMALL += "--warmup-epochs 2 --warmup-batches 4 --epochs 6 --batches 1 --synthesis-batch 200 "
-SMALL += "--generator-steps 10 --generator-life 100 --student-steps 160 --student-batch 64 "
-SMALL += "--reuse 4 --lr 0.2 --nesterov --weight-decay 5e-4 --no-eval"
+FLOOR_AND_CEILING = ("Gaussian noise", "untrained generator", "real training digits")
+SMALL = (
+    "--dataset folder --teacher teachers/cifar10_wrn40_2.safetensors --student wrn16_1 "
+    "--warmup-epochs 2 --warmup-batches 4 --epochs 6 --batches 1 --synthesis-batch 200 "
+    "--generator-steps 10 --generator-life 100 --student-steps 160 --student-batch 64 "
+    "--reuse 4 --lr 0.2 --nesterov --weight-decay 5e-4 --no-eval"
+)
 CIFAR10 = {
     "default": "",
     "LTE of CLIP": "+clip",
@@ -73,32 +81,46 @@ CIFAR10 = {
     "LTE, random of the same covariance": "+random",
 }
 MIXING = {"default": "", "mix 0.5": "--mix 0.5"}
-PLAN = dict(digits=(DIGITS, CUT, 20), cifar10=(CIFAR10, SMALL, 5), mixing=(MIXING, SMALL, 10))
-STEPS = (5, 10, 20)  # of a batch, whose L_CE is a column, if a batch has so many
-FILES = {
-    "digits": "ablations_20_seeds.csv",
-    "cifar10": "ablations_cifar10.csv",
-    "mixing": "ablations_mixing.csv",
-}
+
+
+class Action(NamedTuple):
+    variants: dict  # name: flags
+    budget: str  # flags of all variants
+    seeds: int
+
+
+PLAN = dict(
+    digits=Action(DIGITS, CUT, seeds=20),
+    cifar10=Action(CIFAR10, SMALL, seeds=5),
+    mixing=Action(MIXING, SMALL, seeds=10),
+)
+FILES = dict(
+    digits="ablations_20_seeds.csv",
+    cifar10="ablations_cifar10.csv",
+    mixing="ablations_mixing.csv",
+)
 SCORED = ("digits", "cifar10")
+STEPS = (5, 10, 20)  # of a batch, whose L_CE is a column, if a batch has so many
 
 
 # ---- Patches: variants that no flag of nayer.py makes --------------------------------------------
-def embeddings(change, seed):
+def changed_embeddings(change, seed):
     """label_text_embeddings with its rows changed; the change is drawn from the seed."""
     original = nayer.label_text_embeddings
 
-    def changed(*what):
-        return change(original(*what), torch.Generator().manual_seed(seed))
+    def changed(class_names, encoder, prompt):
+        rows = original(class_names, encoder, prompt)
+        return change(rows, torch.Generator().manual_seed(seed))
 
     return patch.object(nayer, "label_text_embeddings", changed)
 
 
 def shuffled(rows, generator):
     """The same vectors, each the name of another class: the geometry without the meaning."""
+    in_order = torch.arange(len(rows))
     while True:
         order = torch.randperm(len(rows), generator=generator)
-        if (order != torch.arange(len(rows))).all():
+        if (order != in_order).all():
             return rows[order]
 
 
@@ -108,25 +130,52 @@ def random(rows, generator):
     return rows.mean(0) + mix @ (rows - rows.mean(0))
 
 
+def clip_embeddings(path):
+    """label_text_embeddings that gives the rows in a file."""
+    tensors, _ = nayer.read_safetensors(path)
+    rows = next(iter(tensors.values())).float()
+
+    def embeddings(class_names, encoder, prompt):
+        return rows
+
+    return patch.object(nayer, "label_text_embeddings", embeddings)
+
+
 class Half(nn.Module):
     """Half of the BatchNorm on the LTE, with its weight and bias: centres only, or scales only."""
 
     def __init__(self, size, centre):
         super().__init__()
         self.centre = centre
-        self.weight, self.bias = nn.Parameter(torch.ones(size)), nn.Parameter(torch.zeros(size))
+        self.weight = nn.Parameter(torch.ones(size))
+        self.bias = nn.Parameter(torch.zeros(size))
 
     def forward(self, x):
-        var, mean = torch.var_mean(x, 0, correction=0)
-        x = x - mean if self.centre else x / (var + 1e-5).sqrt()
+        variance, mean = torch.var_mean(x, 0, correction=0)
+        if self.centre:
+            x = x - mean
+        else:
+            x = x / (variance + 1e-5).sqrt()
         return x * self.weight + self.bias
 
 
-def normed(centre):
+def with_norm(make):
+    """A NoisyLayer whose norm is make(embedding_size)."""
+
     class Layer(nayer.NoisyLayer):
-        def __init__(self, embedding_size, *how):
-            super().__init__(embedding_size, *how)
-            self.norm = Half(embedding_size, centre)
+        def __init__(self, embedding_size, num_matrices, images_per_matrix, hidden_size=1000):
+            super().__init__(embedding_size, num_matrices, images_per_matrix, hidden_size)
+            self.norm = make(embedding_size)
+
+    return patch.object(nayer, "NoisyLayer", Layer)
+
+
+def one_image_per_matrix():
+    """A NoisyLayer with a matrix for each image in the place of one for each set of classes."""
+
+    class Layer(nayer.NoisyLayer):
+        def __init__(self, embedding_size, num_matrices, images_per_matrix, hidden_size=1000):
+            super().__init__(embedding_size, num_matrices * images_per_matrix, 1, hidden_size)
 
     return patch.object(nayer, "NoisyLayer", Layer)
 
@@ -135,7 +184,7 @@ def instead(make):
     """A synthesize that makes images by make(generator, noisy_layer, inputs), without a loss."""
 
     @torch.no_grad()
-    def synthesize(generator, noisy_layer, inputs, *rest, steps, **how):
+    def synthesize(generator, noisy_layer, inputs, *others, steps, **settings):
         images = make(generator, noisy_layer, inputs)
         return (images * 255).round().byte(), torch.zeros(steps, 4)
 
@@ -144,72 +193,91 @@ def instead(make):
 
 def gaussian(generator, noisy_layer, inputs):
     """Pixels with the mean and the deviation of the training digits, cut to [0, 1]."""
-    (size, channels, mean, std), count = nayer.IMAGES["digits"], len(inputs)
-    pixels = torch.randn(count, channels, size, size) * std[0] + mean[0]
+    known = nayer.IMAGES["digits"]
+    size = known["image_size"]
+    pixels = torch.randn(len(inputs), 1, size, size) * known["std"][0] + known["mean"][0]
     return pixels.clamp(0, 1)
+
+
+def untrained(generator, noisy_layer, inputs):
+    return generator(noisy_layer(inputs))
 
 
 def real(seed):
     """The training digits, none of them twice."""
-    images = torch.stack([image for image, _ in train.training_images(train.parse_args([]))[0]])
+    pairs, _ = train.training_images(train.parse_args([]))
+    images, _ = train.stack(pairs)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     batches = iter((images[order].float() / 255).split(100))
-    return lambda generator, noisy_layer, inputs: next(batches)
+
+    def make(generator, noisy_layer, inputs):
+        return next(batches)
+
+    return make
 
 
 def patched(name, seed, clip):
     """The context in which a variant runs."""
     if name == "clip":
-        rows = nayer.read_safetensors(clip)[0]
-        rows = rows[next(iter(rows))].float()
-        return patch.object(nayer, "label_text_embeddings", lambda *what: rows)
-    return dict(
-        shuffled=lambda: embeddings(shuffled, seed),
-        random=lambda: embeddings(random, seed),
-        centred=lambda: normed(True),
-        scaled=lambda: normed(False),
-        gaussian=lambda: instead(gaussian),
-        untrained=lambda: instead(lambda G, Z, inputs: G(Z(inputs))),
-        real=lambda: instead(real(seed)),
-    ).get(name, contextlib.nullcontext)()
-
-
-def without_epoch_minus_1():
-    """Run.resume that begins with epoch 0: the images for `agree` would take as long as the run."""
-    resume = nayer.Run.resume
-
-    def begin(self):
-        channels, size = self.shape
-        self.held = torch.zeros(2, channels, size, size, dtype=torch.uint8)
-        return max(0, resume(self))
-
-    return patch.object(nayer.Run, "resume", begin)
+        return clip_embeddings(clip)
+    if name == "shuffled":
+        return changed_embeddings(shuffled, seed)
+    if name == "random":
+        return changed_embeddings(random, seed)
+    if name == "no_norm":
+        return with_norm(nn.Identity)
+    if name == "centred":
+        return with_norm(functools.partial(Half, centre=True))
+    if name == "scaled":
+        return with_norm(functools.partial(Half, centre=False))
+    if name == "one_image_per_matrix":
+        return one_image_per_matrix()
+    if name == "gaussian":
+        return instead(gaussian)
+    if name == "untrained":
+        return instead(untrained)
+    if name == "real":
+        return instead(real(seed))
+    nayer.check(name == "", f"there is no patch {name}")
+    return contextlib.nullcontext()
 
 
 # ---- What is measured of a run -------------------------------------------------------------------
+def last_linear(teacher):
+    layers = [layer for layer in teacher.modules() if isinstance(layer, nn.Linear)]
+    return layers[-1]
+
+
 @torch.no_grad()
 def diversity(action, run):
     """How much images of one class in a batch differ: the mean Euclidean distance between two of
     them, taken between the inputs of the teacher's last linear layer, mean over all batches."""
-    (teacher, augment), seen, found = bring(action), [], []
+    teacher, augment = bring(action)
+    seen = []  # inputs of that layer, pass after pass
+
+    def see(layer, inputs):
+        seen.append(inputs[0].flatten(1))
+
+    last_linear(teacher).register_forward_pre_hook(see)
     batch = int(figures.settings(run)["synthesis_batch"])
-    linear = [layer for layer in teacher.modules() if isinstance(layer, nn.Linear)][-1]
-    linear.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].flatten(1)))
+    means = []
     for epoch in figures.epochs(run):
-        images, labels = (part.split(batch) for part in figures.made(run, epoch))
-        for x, y in zip(images, labels):
+        images, labels = figures.made(run, epoch)
+        for x, y in zip(images.split(batch), labels.split(batch)):
             teacher(augment.normalize(x / 255))
-            pairs = (y[:, None] == y).triu(1)
+            features = seen[-1]
+            pairs = (y[:, None] == y).triu(1)  # each pair of one class once
             if pairs.any():
-                found.append(torch.cdist(seen[-1], seen[-1])[pairs].mean().item())
-    return statistics.fmean(found) if found else float("nan")
+                means.append(torch.cdist(features, features)[pairs].mean().item())
+    return statistics.fmean(means) if means else nan
 
 
 def curve(run):
     """L_CE by step: the mean over all batches but the run's first one."""
     steps = {}
     for row in figures.learnt(run / "generator.csv"):
-        if (row["epoch"], row["batch"]) != ("0", "0"):
+        first_batch = row["epoch"] == "0" and row["batch"] == "0"
+        if not first_batch:
             steps.setdefault(int(row["step"]), []).append(float(row["loss_ce"]))
     return [statistics.fmean(steps[step]) for step in sorted(steps)]
 
@@ -217,20 +285,27 @@ def curve(run):
 @functools.cache
 def test_images(data):
     """All of CIFAR-10's, decoded once for all runs, which have none themselves."""
-    (teacher, augment), place = bring("cifar10"), ("folder", data)
-    names, cpu = teacher.info["class_names"], torch.device("cpu")
-    return nayer.test_batches(*place, names, 3, 32, cpu), augment
+    teacher, augment = bring("cifar10")
+    names = teacher.info["class_names"]
+    return nayer.test_batches("folder", data, names, 3, 32, torch.device("cpu")), augment
 
 
 def measure(action, run, data):
     """A row of the table."""
-    last, losses = figures.read(run / "log.csv")[-1], curve(run)
-    if not last["accuracy"]:
+    last = figures.read(run / "log.csv")[-1]
+    accuracy = last["accuracy"]
+    if accuracy == "":
+        batches, augment = test_images(data)
         student = nayer.load_model(run / "student.safetensors")
-        last["accuracy"] = nayer.accuracy(student, *test_images(data))
-    row = dict(accuracy=100 * float(last["accuracy"]))
-    row |= {f"ce_{step}": losses[step - 1] for step in STEPS if step <= len(losses)}
-    return row | dict(diversity=diversity(action, run), seconds=float(last["seconds"]))
+        accuracy = nayer.accuracy(student, batches, augment)
+    row = dict(accuracy=100 * float(accuracy))
+    losses = curve(run)
+    for step in STEPS:
+        if step <= len(losses):
+            row[f"ce_{step}"] = losses[step - 1]
+    row["diversity"] = diversity(action, run)
+    row["seconds"] = float(last["seconds"])
+    return row
 
 
 # ---- The runs ------------------------------------------------------------------------------------
@@ -246,64 +321,82 @@ def work(action, variant, seed, data, clip):
     out = place(action, variant, seed)
     if not (out / "summary.json").exists():
         out.mkdir(parents=True, exist_ok=True)
-        command = f"{budget} {flags} --seed {seed} --resume".split()
+        command = f"{budget} {flags} --seed {seed} --agree-batches 0 --resume".split()
         command += ["--data-root", str(data), "--out", str(out)]
         with open(out / "console.txt", "a") as console, contextlib.redirect_stdout(console):
-            with patched(change, seed, clip), without_epoch_minus_1():
+            with patched(change, seed, clip):
                 nayer.main(command)
     return measure(action, out, data)
 
 
-def run(action, args):
+def run_all(action, args):
+    """All runs of an action that are not in its file yet. Each writes its row as it ends."""
     variants, _, seeds = PLAN[action]
-    names = args.only or [name for name in variants if args.clip or variants[name] != "+clip"]
-    jobs = [(variant, seed) for seed in range(seeds) for variant in names]  # all of a seed first
-    context, found = multiprocessing.get_context("spawn"), read(FILES[action])
-    with ProcessPoolExecutor(2, mp_context=context) as pool:
+    names = args.only
+    if names is None:
+        names = [name for name in variants if args.clip or variants[name] != "+clip"]
+    found = read(FILES[action])
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
         started = {}
-        for variant, seed in jobs:
-            if (variant, str(seed)) not in found:
-                job = pool.submit(work, action, variant, seed, args.data_root, args.clip)
-                started[job] = variant, seed
+        for seed in range(seeds):  # all variants of a seed first
+            for variant in names:
+                if (variant, str(seed)) not in found:
+                    job = pool.submit(work, action, variant, seed, args.data_root, args.clip)
+                    started[job] = (variant, str(seed))
         for job in as_completed(started):
-            found[tuple(map(str, started[job]))] = job.result()
+            variant, seed = started[job]
+            found[variant, seed] = job.result()
             write(FILES[action], found)
-            print(*started[job], job.result(), flush=True)
+            print(variant, seed, job.result(), flush=True)
 
 
 def read(name):
     """{(variant, seed): values} of a file in results/."""
     path = ROOT / "results" / name
-    rows = figures.read(path) if path.exists() else []
-    return {(row.pop("variant"), row.pop("seed")): row for row in rows}
+    if not path.exists():
+        return {}
+    found = {}
+    for row in figures.read(path):
+        variant = row.pop("variant")
+        seed = row.pop("seed")
+        found[variant, seed] = row
+    return found
 
 
 def write(name, found):
-    columns = ["variant", "seed", *dict.fromkeys(key for row in found.values() for key in row)]
-
-    def save(path):
-        with open(path, "w", newline="") as file:
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            for (variant, seed), row in sorted(found.items(), key=lambda one: one[0]):
-                row = {key: f"{float(value):.5g}" for key, value in row.items() if value != ""}
-                writer.writerow(dict(variant=variant, seed=seed) | row)
-
-    nayer.write_atomically(ROOT / "results" / name, save)
+    columns = ["variant", "seed"]
+    for row in found.values():
+        columns += [key for key in row if key not in columns]
+    path = ROOT / "results" / name
+    with nayer.replaced(path) as temporary, open(temporary, "w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        for variant, seed in sorted(found):
+            cells = dict(variant=variant, seed=seed)
+            for key, value in found[variant, seed].items():
+                if value != "":
+                    cells[key] = f"{float(value):.5g}"
+            writer.writerow(cells)
 
 
 def complete(action):
     """{variant: its rows, seed after seed} of the variants whose seeds are all measured."""
-    found, (variants, _, seeds) = read(FILES[action]), PLAN[action]
-    rows = {name: [found.get((name, str(seed))) for seed in range(seeds)] for name in variants}
-    return {name: values for name, values in rows.items() if all(values)}
+    found = read(FILES[action])
+    variants, _, seeds = PLAN[action]
+    there = {}
+    for variant in variants:
+        rows = [found.get((variant, str(seed))) for seed in range(seeds)]
+        if all(rows):
+            there[variant] = rows
+    return there
 
 
 # ---- Scores without data -------------------------------------------------------------------------
 def bring(action):
     """(teacher, augment) of the runs of an action."""
-    teacher = nayer.load_teacher(nayer.parse_args(PLAN[action][1].split())).eval()
-    return teacher, nayer.Augment(teacher.info["mean"], teacher.info["std"], 0, False)
+    teacher = nayer.load_teacher(nayer.parse_args(PLAN[action].budget.split()))
+    augment = nayer.Augment(teacher.info["mean"], teacher.info["std"], 0, False)
+    return teacher, augment
 
 
 def fresh_images(action):
@@ -311,11 +404,10 @@ def fresh_images(action):
     no student here has met."""
     path = ROOT / "runs/ablations" / f"{action}_fresh"
     if not (path / "summary.json").exists():
-        command = f"{PLAN[action][1]} --seed 1000 --warmup-epochs 0 --epochs 1 --batches 1"
-        command += f" --student-steps 1 --no-eval --resume --out {path}"
+        command = f"{PLAN[action].budget} --seed 1000 --warmup-epochs 0 --epochs 1 --batches 1"
+        command += f" --student-steps 1 --agree-batches 10 --no-eval --resume --out {path}"
         nayer.main(command.split())
-    images = figures.made(path, -1)[0]
-    return images[len(images) // 2 :]
+    return torch.load(path / "agree.pt", weights_only=True)["images"]
 
 
 @torch.no_grad()
@@ -333,25 +425,33 @@ def judge(student, views, answers):
     return 100 * same, nayer.distillation_loss(logits, answers, 20.0).item()
 
 
-def scores(args):
-    for action in SCORED:
-        found, (teacher, augment) = read(FILES[action]), bring(action)
-        about = nayer.parse_args(PLAN[action][1].split())
-        last = about.warmup_epochs + about.epochs - 1
-        fresh = ask(teacher, augment, fresh_images(action))
-        for (variant, seed), row in found.items():
-            # Images of the same variant's next seed: made as the run's own, and none that its
-            # student has learnt from.
-            other = place(action, variant, (int(seed) + 1) % PLAN[action][2])
-            kept = figures.made(other, about.warmup_epochs - 1)[0][-about.synthesis_batch :]
-            sets = dict(new=figures.made(other, last)[0], kept=kept)
-            sets = {key: ask(teacher, augment, images) for key, images in sets.items()}
-            student = nayer.load_model(place(action, variant, seed) / "student.safetensors")
-            for key, asked in (sets | dict(fresh=fresh)).items():
-                row[f"agree_{key}"], row[f"kd_{key}"] = judge(student, *asked)
-        write(FILES[action], found)
-    draw_scores()
-    draw_convergence()
+def score(action):
+    """Add the candidates to the file of an action."""
+    _, budget, seeds = PLAN[action]
+    about = nayer.parse_args(budget.split())
+    last_warmup = about.warmup_epochs - 1
+    last = about.warmup_epochs + about.epochs - 1
+    teacher, augment = bring(action)
+    fresh = ask(teacher, augment, fresh_images(action))
+    found = read(FILES[action])
+    for (variant, seed), row in found.items():
+        # Images of the same variant's next seed: made as the run's own, and none that its student
+        # has learnt from.
+        other = place(action, variant, (int(seed) + 1) % seeds)
+        kept, _ = figures.made(other, last_warmup)
+        kept = kept[-about.synthesis_batch :]
+        new, _ = figures.made(other, last)
+        asked = dict(
+            new=ask(teacher, augment, new),
+            kept=ask(teacher, augment, kept),
+            fresh=fresh,
+        )
+        student = nayer.load_model(place(action, variant, seed) / "student.safetensors")
+        for key, (views, answers) in asked.items():
+            agree, loss_kd = judge(student, views, answers)
+            row[f"agree_{key}"] = agree
+            row[f"kd_{key}"] = loss_kd
+    write(FILES[action], found)
 
 
 SCORES = {
@@ -364,23 +464,29 @@ SCORES = {
 }
 
 
+def column(rows, key):
+    return [float(row[key] or "nan") for row in rows]
+
+
 def ranks(rows, key):
     """Spearman's rank correlation of a score with the accuracy; L_KD counts backwards."""
-    sign = -1 if key.startswith("kd") else 1
-    values = [(sign * float(row[key]), float(row["accuracy"])) for row in rows]
-    if len({accuracy for _, accuracy in values}) == 1:
-        return float("nan")  # no ranks to compare
-    return stats.spearmanr(*zip(*values)).statistic
+    accuracies = column(rows, "accuracy")
+    if len(set(accuracies)) == 1:
+        return nan  # no ranks to compare
+    correlation = stats.spearmanr(column(rows, key), accuracies).statistic
+    if key.startswith("kd"):
+        return -correlation
+    return correlation
 
 
 def draw_scores():
     figure = Figure(figsize=(12, 8), layout="constrained")
     for line, action in zip(figure.subplots(2, 3), SCORED):
         found = read(FILES[action])
-        for axes, key in zip(line, SCORES):
+        for axes, key in zip(line, SCORES):  # the first three
             for number, (variant, rows) in enumerate(complete(action).items()):
-                points = [(float(row[key]), float(row["accuracy"])) for row in rows]
-                axes.plot(*zip(*points), ".x"[number // 10], label=variant)
+                marker = "." if number < 10 else "x"
+                axes.plot(column(rows, key), column(rows, "accuracy"), marker, label=variant)
             rho = ranks(found.values(), key)
             axes.set_title(f"{action}: Spearman {rho:.2f}")
             axes.set_xlabel(SCORES[key].replace(" on ", ", %, on\n").replace(" (column agree)", ""))
@@ -392,12 +498,12 @@ def draw_scores():
 
 def draw_convergence():
     """The paper's measure: L_CE against the step of a batch, mean over seeds."""
-    inputs = ["default", "LTE of CLIP", "label-input onehot", "label-input noise"]
-    inputs += ["LTE, rows shuffled", "LTE, random of the same covariance"]
     figure = Figure(figsize=(11, 4), layout="constrained")
     for axes, action in zip(figure.subplots(1, 2), SCORED):
         there = complete(action)
-        for variant in filter(there.__contains__, inputs):
+        for variant in CIFAR10:  # what Z reads
+            if variant not in there:
+                continue
             curves = [curve(place(action, variant, seed)) for seed in range(len(there[variant]))]
             mean = [statistics.fmean(values) for values in zip(*curves)]
             axes.plot(range(1, len(mean) + 1), mean, ".-", label=variant)
@@ -407,77 +513,132 @@ def draw_convergence():
     figure.savefig(ROOT / "results/convergence.png", dpi=90)
 
 
+def scores(args):
+    for action in SCORED:
+        score(action)
+    draw_scores()
+    draw_convergence()
+
+
 # ---- Tables --------------------------------------------------------------------------------------
 def interval(values):
     """(mean, half of the 95 % confidence interval of the mean) by Student's t."""
     n = len(values)
-    return statistics.fmean(values), stats.t.ppf(0.975, n - 1) * statistics.stdev(values) / n**0.5
+    half = stats.t.ppf(0.975, n - 1) * statistics.stdev(values) / n**0.5
+    return statistics.fmean(values), half
+
+
+def mean_and_interval(values):
+    """As text; nothing where nothing was measured."""
+    if isnan(values[0]):
+        return ""
+    mean, half = interval(values)
+    return f"{mean:.3g} ± {half:.2g}"
+
+
+def difference(values, default, form):
+    """(the ends of the interval of the mean paired difference; mean and interval as text)"""
+    mean, half = interval([a - b for a, b in zip(values, default)])
+    low = mean - half
+    high = mean + half
+    return low, high, f"{mean:{form}} [{low:{form}}, {high:{form}}]"
+
+
+def verdict(low, high):
+    """What may be said of a difference whose interval is this."""
+    if high < 0:
+        return "worse"
+    if low > 0:
+        return "better"
+    return f"no difference seen, smaller than {max(-low, high):.1f}"
+
+
+def print_row(*cells):
+    print("|", " | ".join(cells), "|")
+
+
+def report_accuracy(action, variants):
+    seeds = PLAN[action].seeds
+    print()
+    print_row(f"{action}, {seeds} seeds", "accuracy, %", "difference to the default", "verdict")
+    print("|---" * 4 + "|")
+    default = column(variants["default"], "accuracy")
+    for variant, rows in variants.items():
+        values = column(rows, "accuracy")
+        accuracy = f"{statistics.fmean(values):.1f} ± {statistics.stdev(values):.1f}"
+        if variant == "default":
+            print_row(variant, accuracy, "", "")
+        else:
+            low, high, words = difference(values, default, "+.1f")
+            print_row(variant, accuracy, words, verdict(low, high))
+
+
+def report_convergence(variants):
+    default = variants["default"]
+    steps = [step for step in STEPS if default[0].get(f"ce_{step}")]
+    heads = [f"L_CE at step {step}" for step in steps]
+    print()
+    print_row("variant", "diversity", *heads, "at 10, less the default's")
+    print("|---" * (len(steps) + 3) + "|")
+    for variant, rows in variants.items():
+        cells = []
+        for key in ("diversity", *(f"ce_{step}" for step in steps)):
+            values = column(rows, key)
+            cells.append(mean_and_interval(values))
+        words = ""
+        values = column(rows, "ce_10")
+        if variant != "default" and not isnan(values[0]):
+            _, _, words = difference(values, column(default, "ce_10"), "+.2f")
+        print_row(variant, *cells, words)
+
+
+def report_scores(action, variants):
+    found = read(FILES[action])
+    students = list(found.values())
+    usual = [row for (variant, _), row in found.items() if variant not in FLOOR_AND_CEILING]
+    heads = ("all runs", "without floor and ceiling", "within a variant", "off by, points")
+    print()
+    print_row("score without data", *heads)
+    print("|---" * 5 + "|")
+    for key, words in SCORES.items():
+        inside = torch.tensor([ranks(rows, key) for rows in variants.values()])
+        inside = inside.nanmean()  # nan: all seeds of a variant are equally accurate
+        off = ""
+        if key.startswith("agree"):
+            pairs = zip(column(usual, key), column(usual, "accuracy"))
+            off = f"{statistics.fmean(abs(agree - accuracy) for agree, accuracy in pairs):.1f}"
+        correlations = (ranks(students, key), ranks(usual, key), inside)
+        print_row(words, *(f"{value:.2f}" for value in correlations), off)
 
 
 def report(args):
-    for action, name in FILES.items():
-        found, variants, (chosen, _, seeds) = read(name), complete(action), PLAN[action]
+    for action in PLAN:
+        variants = complete(action)
         nayer.check("default" in variants, f"first run: python results/ablations.py {action}")
-        steps = [f"ce_{step}" for step in STEPS if found["default", "0"].get(f"ce_{step}")]
-        column = {
-            (variant, key): [float(row[key] or "nan") for row in rows]
-            for variant, rows in variants.items()
-            for key in ("accuracy", "diversity", *steps)
-        }
-        print(f"\n| {action}, {seeds} seeds | accuracy, % | difference to the default | verdict |")
-        print("|---|---|---|---|")
-        for variant in variants:
-            values = column[variant, "accuracy"]
-            cells = [f"{statistics.fmean(values):.1f} ± {statistics.stdev(values):.1f}"]
-            same = variant == "default"
-            cells += ["", ""] if same else difference(values, column["default", "accuracy"])
-            print(f"| {variant} | {' | '.join(cells)} |")
-        head = " | ".join(f"L_CE at step {step.removeprefix('ce_')}" for step in steps)
-        print(f"\n| variant | diversity | {head} | at 10, less the default's |")
-        print("|---" * (len(steps) + 3) + "|")
-        for variant in variants:
-            keys = [key for key in ("diversity", *steps) if not math.isnan(column[variant, key][0])]
-            cells = ["{:.3g} ± {:.2g}".format(*interval(column[variant, key])) for key in keys]
-            if variant != "default" and len(keys) > 1:
-                values = (column[name, "ce_10"] for name in (variant, "default"))
-                cells += difference(*values, "+.2f")[:1]
-            cells += [""] * (len(steps) + 2 - len(cells))
-            print(f"| {variant} | {' | '.join(cells)} |")
-        if "agree_fresh" not in found["default", "0"]:
-            continue
-        usual = [row for (variant, _), row in found.items() if "steps 1 +" not in chosen[variant]]
-        head = "score without data", "all runs", "without floor and ceiling", "within a variant"
-        print(f"\n| {' | '.join(head)} | off by, points |\n|---|---|---|---|---|")
-        for key, words in SCORES.items():
-            inside = torch.tensor([ranks(rows, key) for rows in variants.values()])
-            inside = inside.nanmean()  # nan: all seeds of a variant are equally accurate
-            found_in = (ranks(found.values(), key), ranks(usual, key), inside)
-            cells = [f"{cell:.2f}" for cell in found_in]
-            off = statistics.fmean(abs(float(row[key]) - float(row["accuracy"])) for row in usual)
-            print(f"| {words} | {' | '.join(cells)} | {f'{off:.1f}' * key.startswith('agree')} |")
-
-
-def difference(values, default, form="+.1f"):
-    """[mean and interval of the paired differences, what may be said of it]"""
-    mean, half = interval([a - b for a, b in zip(values, default)])
-    low, high = mean - half, mean + half
-    verdict = "worse" if high < 0 else "better" if low > 0 else None
-    verdict = verdict or f"no difference seen, smaller than {max(-low, high):.1f}"
-    return [f"{mean:{form}} [{low:{form}}, {high:{form}}]", verdict]
+        report_accuracy(action, variants)
+        if action in SCORED:  # mixing leaves the generator as it is
+            report_convergence(variants)
+            if "agree_fresh" in variants["default"][0]:
+                report_scores(action, variants)
 
 
 def main():
-    actions = [*PLAN, "scores", "report"]
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("action", choices=actions)
+    parser.add_argument("action", choices=[*PLAN, "scores", "report"])
     parser.add_argument("--only", nargs="+", help="variants (default: all)")
     parser.add_argument("--data-root", type=Path, default=Path("data/cifar10_jpeg"))
     parser.add_argument("--clip", type=Path, help="file of CLIP's embeddings; else it is left out")
     args = parser.parse_args()
-    args.data_root, args.clip = args.data_root.resolve(), args.clip and args.clip.resolve()
+    args.data_root = args.data_root.resolve()
+    if args.clip:
+        args.clip = args.clip.resolve()
     os.chdir(ROOT)
-    steps = {action: functools.partial(run, action) for action in PLAN}
-    (steps | dict(scores=scores, report=report))[args.action](args)
+    if args.action == "scores":
+        scores(args)
+    elif args.action == "report":
+        report(args)
+    else:
+        run_all(args.action, args)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@
 #     OUT=runs/published                                      where everything goes
 set -euo pipefail
 cd "$(dirname "$0")/.."
-data=${DATA:---dataset cifar10} out=${OUT:-runs/published}
+data=${DATA:---dataset cifar10}
+out=${OUT:-runs/published}
 pairs=${PAIRS:-resnet34:resnet18 vgg11:resnet18 wrn40_2:wrn16_1 wrn40_2:wrn40_1 wrn40_2:wrn16_2}
 for pair in $pairs; do
     teacher=$out/${pair%:*}.safetensors

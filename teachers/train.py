@@ -26,7 +26,6 @@ import random
 import shlex
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -34,6 +33,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
+from torch.utils.data import DataLoader, Subset
 from torchvision import datasets
 from torchvision.transforms import v2
 
@@ -41,11 +41,20 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import nayer  # noqa: E402
 
+PUBLISHED_EPOCHS = 200
+FREE = ("out", "resume", "device", "data_root", "trained_on")  # settings that change no number
 
+
+# ---- Flags ---------------------------------------------------------------------------------------
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(prog="train.py", description="Train a teacher on real images.")
-    parser.error = lambda message: parser.exit(2, f"train.py: error: {message}\n")
-    add, count = parser.add_argument, nayer.number(int, 1)
+
+    def refuse(message):
+        parser.exit(2, f"train.py: error: {message}\n")
+
+    parser.error = refuse
+    add = parser.add_argument
+    count = nayer.number(int, 1)
     add("--dataset", choices=nayer.IMAGES, default="digits")
     add("--data-root", type=Path, default=Path("data"), help="a folder has train/ and test/ in it")
     add("--model", default="wrn16_2", help="a name that nayer.build_model knows")
@@ -63,10 +72,7 @@ def parse_args(argv=None):
     add("--resume", action="store_true", help="go on after the last finished epoch")
     add("--embed-labels", metavar="ENCODER", help="only write label_embeddings.safetensors")
     args = parser.parse_args(argv)
-    size, channels, mean, std = nayer.IMAGES[args.dataset]
-    args.image_size, args.channels = args.image_size or size, args.channels or channels
-    args.mean, args.std = args.mean or mean, args.std or std
-    args.out = args.out or HERE / f"{args.dataset}_{args.model}.safetensors"
+    fill_in(args, nayer.IMAGES[args.dataset])
     if args.init and not args.epochs:
         parser.error("--init needs --epochs N: it is a further short cycle")
     if args.image_size is None or args.image_size % 4:
@@ -74,31 +80,65 @@ def parse_args(argv=None):
     return args
 
 
+def fill_in(args, known):
+    """What no flag says follows from the data set; of a folder nothing is known."""
+    args.image_size = args.image_size or known.get("image_size")
+    args.mean = args.mean or known.get("mean")
+    args.std = args.std or known.get("std")
+    if args.channels is None:
+        args.channels = len(known["mean"]) if known else 3
+    if args.out is None:
+        args.out = HERE / f"{args.dataset}_{args.model}.safetensors"
+
+
+# ---- Training images -----------------------------------------------------------------------------
+def training_digits():
+    """scikit-learn's digits but the 500 that are held out: 1,297 (image uint8, label) pairs."""
+    pixels, labels = load_digits(return_X_y=True)  # (1797, 64), values 0 to 16
+    pixels, _, labels, _ = train_test_split(
+        pixels, labels, test_size=500, stratify=labels, random_state=0
+    )
+    images = torch.tensor(pixels).float().view(-1, 1, 8, 8) * (255 / 16)
+    images = F.interpolate(images, size=16, mode="bilinear").round().byte()
+    return list(zip(images, labels.tolist()))
+
+
+def training_tiny_imagenet(folder, channels, size):
+    """The official archive, with its classes in the order of wnids.txt."""
+    wnids = (folder / "wnids.txt").read_text().split()
+    pairs = nayer.image_folder(folder / "train", channels, size)
+    order = [wnids.index(name) for name in pairs.classes]
+    pairs.samples = [(path, order[label]) for path, label in pairs.samples]
+    return pairs
+
+
+def training_folder(root, channels, size):
+    """A folder per class in train/, and the same classes in test/."""
+    pairs = nayer.image_folder(root / "train", channels, size)
+    test_classes, _ = datasets.folder.find_classes(root / "test")
+    if pairs.classes != test_classes:
+        raise ValueError("train/ and test/ do not hold the same classes")
+    return pairs
+
+
 def training_images(args):
     """((image uint8 (ch, H, W), label) pairs to train on, class names)."""
-    names, root = json.loads((HERE / "class_names.json").read_text()), args.data_root
+    root = args.data_root
     with nayer.explained(f"cannot read {args.dataset} in {root}"):
-        if args.dataset == "digits":  # the 1,297 that are not held out
-            pixels, labels = load_digits(return_X_y=True)
-            how = dict(test_size=500, stratify=labels, random_state=0)
-            pixels, _, labels, _ = train_test_split(pixels, labels, **how)
-            images = torch.tensor(pixels).float().view(-1, 1, 8, 8) * (255 / 16)
-            images = F.interpolate(images, size=16, mode="bilinear").round().byte()
-            pairs = list(zip(images, labels.tolist()))
+        if args.dataset == "digits":
+            pairs = training_digits()
         elif args.dataset in ("cifar10", "cifar100"):
             kind = getattr(datasets, args.dataset.upper())
             pairs = kind(root, train=True, download=True, transform=v2.PILToTensor())
         elif args.dataset == "tiny_imagenet":
-            root = root / "tiny-imagenet-200"
-            wnids = (root / "wnids.txt").read_text().split()
-            pairs = nayer.image_folder(root / "train", args.channels, args.image_size)
-            order = [wnids.index(name) for name in pairs.classes]
-            pairs.samples = [(path, order[label]) for path, label in pairs.samples]
+            folder = root / "tiny-imagenet-200"
+            pairs = training_tiny_imagenet(folder, args.channels, args.image_size)
         else:
-            pairs = nayer.image_folder(root / "train", args.channels, args.image_size)
-            if pairs.classes != datasets.folder.find_classes(root / "test")[0]:
-                raise ValueError("train/ and test/ do not hold the same classes")
-        return pairs, names.get(args.dataset) or pairs.classes
+            pairs = training_folder(root, args.channels, args.image_size)
+    names = json.loads((HERE / "class_names.json").read_text())
+    if args.dataset in names:
+        return pairs, names[args.dataset]
+    return pairs, pairs.classes
 
 
 def stack(pairs):
@@ -107,42 +147,52 @@ def stack(pairs):
     return torch.stack(images), torch.tensor(labels)
 
 
-def epoch_batches(data, batch):
-    """An epoch's batches (images uint8, labels) in a new order.
+def keep_or_stream(pairs, args, device):
+    """(images, labels) on the device; large images stay pairs, which are read for each pass."""
+    if args.image_size > nayer.SMALL:
+        return pairs
+    images, labels = stack(pairs)
+    return images.to(device), labels.to(device)
 
-    data: (images, labels) on the device, or pairs that are too large to keep, which are streamed.
-    """
+
+def epoch_batches(data, batch):
+    """An epoch's batches (images uint8, labels) in a new order. data: see keep_or_stream."""
     if isinstance(data, tuple):
         images, labels = data
         for rows in torch.randperm(len(images), device=images.device).split(batch):
             yield images[rows], labels[rows]
     else:
-        how = dict(shuffle=True, num_workers=min(8, os.cpu_count() or 1))
-        yield from torch.utils.data.DataLoader(data, batch, **how)
+        workers = min(8, os.cpu_count() or 1)  # processes that decode
+        yield from DataLoader(data, batch, shuffle=True, num_workers=workers)
 
 
 def channel_statistics(data):
     """(mean, std) per channel of images in [0, 1]; of streamed ones, 2,000 will do."""
-    if not isinstance(data, tuple):
+    if isinstance(data, tuple):
+        images, _ = data
+    else:
         few = torch.randperm(len(data))[:2000].tolist()
-        data = stack(torch.utils.data.Subset(data, few))
-    scaled = data[0].float() / 255
+        images, _ = stack(Subset(data, few))
+    scaled = images.float() / 255
     return scaled.mean((0, 2, 3)).tolist(), scaled.std((0, 2, 3)).tolist()
 
 
+# ---- Label embeddings ----------------------------------------------------------------------------
 def embed_labels(encoder):
     """Write the embeddings that nayer.label_text_embeddings looks up first: an entry per data set,
     and what it was made of."""
-    entries, about = {}, {}
+    entries = {}
+    about = {}
     for dataset, names in json.loads((HERE / "class_names.json").read_text()).items():
         prompt = nayer.parse_args(["--dataset", dataset]).prompt
         entries[dataset] = nayer.label_text_embeddings(names, encoder, prompt).half()
         about[dataset] = json.dumps([nayer.TEXT_ENCODER, prompt, names])
         print(f"{dataset}: {tuple(entries[dataset].shape)}, {prompt!r}")
-    place = HERE / "label_embeddings.safetensors"
-    nayer.write_atomically(place, lambda file: save_file(entries, file, about))
+    with nayer.replaced(HERE / "label_embeddings.safetensors") as temporary:
+        save_file(entries, temporary, about)
 
 
+# ---- Training ------------------------------------------------------------------------------------
 def learning_rate(progress, args):
     """At `progress` in [0, 1) of the training."""
     if args.epochs is None:
@@ -153,17 +203,25 @@ def learning_rate(progress, args):
     return peak * (1 + math.cos(math.pi * (progress - 0.2) / 0.8)) / 2
 
 
-def train_epoch(model, optimizer, data, count, augment, args, epoch, epochs):
-    """One pass over the `count` images of `data`. Returns the mean loss, and the images' side."""
+def side_in_epoch(epoch, epochs, args):
+    """Pixels: in a first short cycle 5/8 of the size, then 6/8, 7/8, and from 60 % on all of it."""
+    if args.epochs is None or args.init:
+        return args.image_size
+    eighths = min(8, 5 + 5 * epoch // epochs)
+    return args.image_size * eighths // 8
+
+
+def train_epoch(model, optimizer, data, steps, augment, args, epoch, epochs):
+    """One pass over `data`, in so many steps. Returns the mean loss."""
     model.train()
     device = augment.mean.device
-    steps, total = max(1, count // args.batch), torch.zeros((), device=device)
-    size, grow = args.image_size, args.epochs is not None and args.init is None
-    side = size * min(8, 5 + 5 * epoch // epochs) // 8 if grow else size
+    side = side_in_epoch(epoch, epochs, args)
+    total = torch.zeros((), device=device)
     for step, (images, labels) in zip(range(steps), epoch_batches(data, args.batch)):
-        optimizer.param_groups[0]["lr"] = learning_rate((epoch + step / steps) / epochs, args)
+        progress = (epoch + step / steps) / epochs
+        optimizer.param_groups[0]["lr"] = learning_rate(progress, args)
         views = augment(images.to(device).float() / 255)
-        if side != size:
+        if side != args.image_size:
             views = F.interpolate(views, size=side, mode="bilinear", antialias=True)
         logits = model(views.contiguous(memory_format=torch.channels_last))
         loss = F.cross_entropy(logits.float(), labels.to(device))
@@ -171,69 +229,85 @@ def train_epoch(model, optimizer, data, count, augment, args, epoch, epochs):
         loss.backward()
         optimizer.step()
         total += loss.detach()
-    return (total / steps).item(), side
+    return (total / steps).item()
 
 
-def main(argv=None):
-    args = parse_args(argv)
-    if args.embed_labels:
-        return embed_labels(args.embed_labels)
-    torch.manual_seed(args.seed)
-    device, bf16 = nayer.pick_device(args.device)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
-    start = nayer.load_model(args.init) if args.init else None
-    if start:  # its images were normalised in some way: go on with that
-        args.mean, args.std = args.mean or start.info["mean"], args.std or start.info["std"]
-    pairs, class_names = training_images(args)
-    with nayer.explained(f"cannot read {args.dataset} in {args.data_root}"):
-        shape = (args.channels, args.image_size)
-        test = nayer.test_batches(args.dataset, args.data_root, class_names, *shape, device)
-        data = pairs
-        if args.image_size <= nayer.SMALL:
-            data = tuple(tensor.to(device) for tensor in stack(pairs))
-        if args.mean is None or args.std is None:
-            mean, std = channel_statistics(data)
-            args.mean, args.std = args.mean or mean, args.std or std
-    preset = nayer.parse_args(["--dataset", args.dataset])
-    augment = nayer.Augment(args.mean, args.std, preset.crop_padding, preset.flip, device)
-
-    model = nayer.build_model(args.model, len(class_names), *shape)
-    if start:
+def build_model(args, num_classes, before, device, bf16):
+    """The network to train, with random weights or with those of `before`, an earlier cycle."""
+    model = nayer.build_model(args.model, num_classes, args.channels, args.image_size)
+    if before is not None:
         with nayer.explained(f"{args.init} is not a {args.model} for these images and classes"):
-            model.load_state_dict(start.state_dict())
+            model.load_state_dict(before.state_dict())
     model = model.to(device, memory_format=torch.channels_last)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
     model.forward = autocast(model.forward)
-    epochs, weights, nesterov = args.epochs or 200, model.parameters(), args.epochs is not None
-    optimizer = torch.optim.SGD(weights, 0.1, 0.9, weight_decay=5e-4, nesterov=nesterov)
-    checkpoint, first = args.out.with_suffix(".checkpoint.pt"), 0
-    free = ("out", "resume", "device", "data_root", "trained_on")  # settings that change nothing
-    settings = {k: str(v) for k, v in vars(args).items() if k not in free}
-    settings["images"] = str(len(pairs))
-    if args.resume and checkpoint.exists():
-        with nayer.explained(f"{checkpoint} is not an intact checkpoint of this training"):
-            saved = torch.load(checkpoint, map_location=device, weights_only=True)
-            old = saved["settings"]
-            changed = [f"{k} {old.get(k)} -> {v}" for k, v in settings.items() if old.get(k) != v]
-            text = f"{checkpoint} is of a training with other settings: {'; '.join(changed)}"
-            nayer.check(not changed, text)
-            model.load_state_dict(saved["model"])
-            optimizer.load_state_dict(saved["optimizer"])
-            first = saved["epoch"] + 1
-    print(f"{args.model} on {args.dataset}: {len(pairs)} images, {device}, {epochs} epochs")
+    return model
 
+
+def settings_of(args, num_images):
+    """What decides the numbers of a training."""
+    settings = {key: str(value) for key, value in vars(args).items() if key not in FREE}
+    settings["images"] = str(num_images)
+    return settings
+
+
+def resume(checkpoint, settings, model, optimizer, device):
+    """Go back to the checkpoint. Returns the epoch that comes next."""
+    with nayer.explained(f"{checkpoint} is not an intact checkpoint of this training"):
+        saved = torch.load(checkpoint, map_location=device, weights_only=True)
+        changed = []
+        for key, value in settings.items():
+            old = saved["settings"].get(key)
+            if old != value:
+                changed.append(f"{key} {old} -> {value}")
+        text = f"{checkpoint} is of a training with other settings: {'; '.join(changed)}"
+        nayer.check(not changed, text)
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        return saved["epoch"] + 1
+
+
+def train(args, model, data, num_images, test, augment):
+    """All epochs, each with a line on the console and a checkpoint, which is left behind."""
+    epochs = args.epochs or PUBLISHED_EPOCHS
+    steps = max(1, num_images // args.batch)
+    device = augment.mean.device
+    nesterov = args.epochs is not None
+    optimizer = torch.optim.SGD(
+        model.parameters(), 0.1, momentum=0.9, weight_decay=5e-4, nesterov=nesterov
+    )
+    checkpoint = checkpoint_path(args)
+    settings = settings_of(args, num_images)
+    first = 0
+    if args.resume and checkpoint.exists():
+        first = resume(checkpoint, settings, model, optimizer, device)
+    print(f"{args.model} on {args.dataset}: {num_images} images, {device}, {epochs} epochs")
     for epoch in range(first, epochs):
         start = time.perf_counter()
         torch.manual_seed(random.Random(f"{args.seed} {epoch}").getrandbits(63))
-        loss, side = train_epoch(model, optimizer, data, len(pairs), augment, args, epoch, epochs)
+        loss = train_epoch(model, optimizer, data, steps, augment, args, epoch, epochs)
         score = nayer.accuracy(model, test, augment)
-        took = f"{time.perf_counter() - start:6.1f} s"
-        line = f"epoch {epoch + 1:3d}  {side:3d} px  loss {loss:.4f}  test {score:7.2%}  {took}"
-        print(line, flush=True)
-        state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), epoch=epoch)
-        write = partial(torch.save, state | dict(settings=settings))
-        nayer.write_atomically(checkpoint, write)
+        side = side_in_epoch(epoch, epochs, args)
+        seconds = time.perf_counter() - start
+        line = f"epoch {epoch + 1:3d}  {side:3d} px  loss {loss:.4f}  test {score:7.2%}"
+        print(f"{line}  {seconds:6.1f} s", flush=True)
+        state = dict(
+            model=model.state_dict(),
+            optimizer=optimizer.state_dict(),
+            epoch=epoch,
+            settings=settings,
+        )
+        with nayer.replaced(checkpoint) as temporary:
+            torch.save(state, temporary)
 
-    model = model.half().float()  # stored in fp16, so that is what is scored
+
+def checkpoint_path(args):
+    return args.out.with_suffix(".checkpoint.pt")
+
+
+def write_teacher(args, command, model, class_names, test, augment):
+    """The model file, which describes itself. Weights are stored in fp16; so those are scored."""
+    model = model.half().float()
     score = nayer.accuracy(model, test, augment)
     info = dict(
         architecture=args.model,
@@ -244,11 +318,43 @@ def main(argv=None):
         std=args.std,
         accuracy=score,
         trained_on=args.trained_on or args.dataset,
-        command="python teachers/train.py " + shlex.join(argv or sys.argv[1:]),
+        command=command,
     )
     nayer.save_model(args.out, model.half(), info)
-    checkpoint.unlink(missing_ok=True)
     print(f"{args.out}: test accuracy {score:.2%}")
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    if args.embed_labels:
+        embed_labels(args.embed_labels)
+        return
+    torch.manual_seed(args.seed)
+    device, bf16 = nayer.pick_device(args.device)
+    before = None
+    if args.init:  # its images were normalised in some way: go on with that
+        before = nayer.load_model(args.init)
+        args.mean = args.mean or before.info["mean"]
+        args.std = args.std or before.info["std"]
+
+    pairs, class_names = training_images(args)
+    with nayer.explained(f"cannot read {args.dataset} in {args.data_root}"):
+        test = nayer.test_batches(
+            args.dataset, args.data_root, class_names, args.channels, args.image_size, device
+        )
+        data = keep_or_stream(pairs, args, device)
+        if args.mean is None or args.std is None:
+            mean, std = channel_statistics(data)
+            args.mean = args.mean or mean
+            args.std = args.std or std
+    preset = nayer.parse_args(["--dataset", args.dataset])
+    augment = nayer.Augment(args.mean, args.std, preset.crop_padding, preset.flip, device)
+
+    model = build_model(args, len(class_names), before, device, bf16)
+    train(args, model, data, len(pairs), test, augment)
+    command = "python teachers/train.py " + shlex.join(argv or sys.argv[1:])
+    write_teacher(args, command, model, class_names, test, augment)
+    checkpoint_path(args).unlink(missing_ok=True)
 
 
 if __name__ == "__main__":
