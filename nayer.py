@@ -32,10 +32,25 @@ a noisy layer Z between the two, drawn anew for every batch:  x = G(Z(e_y)).
 
 Tags: [paper] stated in the paper, [code] only in the authors' code, [ours] our own decision.
 
-How to read this file: the presets, then the parts of the method in the order of the paper, each of
-them under a banner; the two half-steps, `synthesize` (over G and Z) and `distill` (over S); what
-the loop works on, `Run`; and the loop itself, `main`. A banner after `main` says where the method
-ends. What follows there could be any project's: flags, networks, files, pictures, errors.
+How to read this file: the loop is `main`, halfway down, with its pseudo-code above it. Before it
+stand the presets; the parts of the method in the order of the paper, each under a banner; the two
+half-steps of an epoch, `synthesize` (over G and Z) and `distill` (over S); and what the loop works
+on, `Run`. A banner after `main` says where the method ends. What follows there surrounds it: flags,
+networks, files, pictures, errors.
+
+Where it departs from the authors' code:
+
+ 1. S stays in eval mode while G learns; theirs is in train mode from an epoch's second batch on.
+ 2. The result is the accuracy of the last epoch. The best, chosen on test images, stands beside.
+ 3. Convolutions compute in bf16 where that is fast (--no-amp: float32, as theirs); T is frozen.
+ 4. M is one tensor of rounded bytes on the device; theirs is a folder of truncated PNG files.
+ 5. The default text encoder is all-MiniLM-L6-v2; theirs is CLIP.
+ 6. L_BN's statistics have a gradient written by hand, and up-sampling and convolution are one
+    operation: the same sums in less time.
+ 7. The random numbers of an epoch follow from the seed, the epoch and the rank, so that a resumed
+    run repeats them.
+ 8. Off in the published presets: each answer of T used several times (--reuse), blended views
+    (--mix), Nesterov's momentum.
 
 Paper: Tran et al., NAYER: Noisy Layer Data Generation for Efficient and Effective Data-free
 Knowledge Distillation, CVPR 2024, arXiv 2310.00258.
@@ -70,12 +85,14 @@ from tqdm import tqdm
 # torchvision, matplotlib, scikit-learn, transformers.
 
 SHIPPED = Path(__file__).resolve().parent / "teachers"  # trained teachers, label embeddings
-TEXT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"  # the shipped embeddings are its
+TEXT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"  # made the shipped embeddings
 HIDDEN_SIZE = 1000  # H, what Z gives to G [code]
 NOISE_SIZE = 256  # numbers per image, for --label-input noise
-SMALL = 64  # pixels; larger images need a deeper generator [code], and stay on disk until needed
-RANK = int(os.environ.get("RANK") or 0)  # of this process among those that torchrun has started,
-RANKS = int(os.environ.get("WORLD_SIZE") or 1)  # and how many these are
+SMALL = (
+    64  # pixels; larger images need a deeper generator [code]; test images are read for each pass
+)
+RANK = int(os.environ.get("RANK") or 0)  # number of this process, set by torchrun
+RANKS = int(os.environ.get("WORLD_SIZE") or 1)  # how many processes it has started
 NO_BARS = True if RANK > 0 else None  # None: tqdm shows its bars on a console, but not in a pipe
 
 IMAGES = dict(  # how the images of a data set look, and were normalised for their teachers
@@ -87,8 +104,8 @@ IMAGES = dict(  # how the images of a data set look, and were normalised for the
 )
 
 # A preset is a piece of command line that stands before yours, so that your flags win. Whatever it
-# leaves out has the default written in `parse_args`: the setting of the published CIFAR-10 run. The
-# first three presets are the authors' scripts [code]; no result belongs to their parser's defaults.
+# leaves out has the default written in `parse_args`, which is the setting of the published CIFAR-10
+# run. The first three presets are the settings of the authors' scripts [code].
 PRESETS = dict(
     cifar10="",
     cifar100="--generator-steps 40",
@@ -106,8 +123,8 @@ PRESETS = dict(
         "--student-steps 64 --student-batch 64 --reuse 4 --weight-decay 5e-4 --nesterov "
         "--crop-padding 1 --no-flip"
     ),
-    # [ours] The best wrn16_1 for CIFAR-10 that an hour of two cores brings: one generator for all
-    # epochs, few steps of it, small student batches, answers of T used four times, views blended.
+    # [ours] For CIFAR-10 in an hour on two cores: one generator for all epochs, few steps of it,
+    # small student batches, each answer of T serves S four times, half of the views are blended.
     cpu=(
         "--student wrn16_1 --warmup-epochs 9 --warmup-batches 6 --epochs 28 --batches 4 "
         "--synthesis-batch 200 --generator-steps 8 --generator-life 1000 "
@@ -162,7 +179,8 @@ class NoisyLayer(nn.Module):
 
     Row i goes through matrix i // images_per_matrix. One matrix serves one image of each class
     ("K-to-1", K = C) [paper]: inside such a set the images differ by their LTE, and two images of
-    one class differ by their matrix. Matrices are trained with G; `reinitialize` draws them."""
+    one class differ by their matrix. Matrices are trained with G; `reinitialize` draws them.
+    num_matrices: N, at least B / images_per_matrix, rounded up. embedding_size: D."""
 
     def __init__(self, embedding_size, num_matrices, images_per_matrix, hidden_size=HIDDEN_SIZE):
         super().__init__()
@@ -179,8 +197,8 @@ class NoisyLayer(nn.Module):
         nn.init.zeros_(self.bias)
 
     def forward(self, inputs):
-        # Set n, K rows of the inputs, times matrix n: torch.cat([x @ W + b for each set]). All sets
-        # are one product, so the last one is filled up with rows of zeros, which are cut off again.
+        # Rows nK to nK + K - 1 are multiplied by matrix n. One product does all of them, so the
+        # last set is filled up with rows of zeros, which are cut off at the end.
         B, D = inputs.shape
         N, K = len(self.weight), self.images_per_matrix
         sets = F.pad(self.norm(inputs), (0, 0, 0, N * K - B)).view(N, K, D)
@@ -189,33 +207,33 @@ class NoisyLayer(nn.Module):
 
 
 class UpsampleConv(nn.Conv2d):
-    """Equals F.interpolate(maps, scale_factor=2), then Conv2d: (B, ch, h, w) -> (B, out, 2h, 2w).
+    """Doubles the maps, then convolves: (B, ch, h, w) -> (B, out, 2h, 2w). The same as
+    F.interpolate(maps, scale_factor=2) and a 3x3 convolution with padding 1 and no bias.
 
     [ours] A 3x3 window of doubled pixels holds only 2x2 different ones. So the weights that meet
     the same pixel are added up first, and a transposed convolution needs 4 products in place of 9.
     Without it a generator step takes 28 % longer (two Zen 3 cores, float32)."""
 
     def forward(self, maps):
-        padded = F.pad(self.weight, (1, 1, 1, 1))
-        kernel = F.avg_pool2d(padded, 2, stride=1, divisor_override=1)  # sums: 3x3 -> 4x4
-        kernel = kernel.flip(2, 3).transpose(0, 1)  # a transposed convolution reads it backwards
+        # Sums of 2x2 neighbours, 3x3 -> 4x4; then backwards, as a transposed convolution reads it.
+        kernel = F.avg_pool2d(F.pad(self.weight, (1, 1, 1, 1)), 2, stride=1, divisor_override=1)
+        kernel = kernel.flip(2, 3).transpose(0, 1)
         return F.conv_transpose2d(maps, kernel, stride=2, padding=1)
 
 
 class Generator(nn.Module):
     """G: hidden (B, H) -> images (B, channels, image_size, image_size), float32 in [0, 1].
 
-    A linear layer makes a small map; up-sampling and 3x3 convolutions enlarge it, twice for images
-    of up to 64 pixels, four times for larger ones [code]. Stays in train mode for all its life.
-    width: f, the channels of its last hidden layer; the first one has 2f."""
+    A linear layer makes a small map; up-sampling and 3x3 convolutions double its size, two times
+    for images of up to 64 pixels, four times for larger ones [code]. Always in train mode.
+    width: f, the channels of the last hidden layer; the first two have 2f."""
 
     def __init__(self, hidden_size, channels, image_size, width=64):
         super().__init__()
-        f = width
-        widths = [2 * f, 2 * f, f]
+        widths = [2 * width, 2 * width, width]
         if image_size > SMALL:
-            widths += [f, f]
-        side = math.ceil(image_size / 2 ** (len(widths) - 1))  # 8, to become 16 and 32
+            widths += [width, width]
+        side = math.ceil(image_size / 2 ** (len(widths) - 1))  # 8 for 32 pixels
         self.image_shape = (channels, image_size, image_size)
         self.shape = (widths[0], side, side)
         self.start = nn.Linear(hidden_size, math.prod(self.shape))
@@ -223,11 +241,11 @@ class Generator(nn.Module):
         for before, after in zip(widths, widths[1:]):
             layers += [UpsampleConv(before, after, 3, padding=1, bias=False)]
             layers += [nn.BatchNorm2d(after), nn.LeakyReLU(0.2, inplace=True)]
-        layers.append(nn.Conv2d(f, channels, 3, padding=1))
+        layers.append(nn.Conv2d(width, channels, 3, padding=1))
         self.layers = nn.Sequential(*layers)
 
     def forward(self, hidden):
-        maps = self.start(hidden).view(-1, *self.shape)  # (B, H) -> (B, 2f, s/4, s/4)
+        maps = self.start(hidden).view(-1, *self.shape)  # (B, H) -> (B, 2f, side, side)
         maps = maps.contiguous(memory_format=torch.channels_last)
         images = self.layers(maps).float().sigmoid()
         size = self.image_shape[1]
@@ -247,7 +265,8 @@ def class_sets(num_classes, batch, device="cpu"):
 class BatchStatistics(torch.autograd.Function):
     """x (B, ch, H, W) -> mean and biased variance of each channel, float32 (ch,) even for bf16 x.
 
-    [ours] Half of BatchNorm's own kernel reads x, and the gradient is one multiply-add, n = B H W:
+    [ours] The kernel with which BatchNorm itself computes them reads x once, and the gradient is a
+    single multiply-add (n = B H W):
         dL/dx = (dL/dmean + 2 (x - mean) dL/dvar) / n
     Composed from var_mean, a generator step takes 30 % longer (two Zen 3 cores, float32)."""
 
@@ -256,8 +275,8 @@ class BatchStatistics(torch.autograd.Function):
         if x.device.type == "mps" or torch.compiler.is_compiling():  # both lack the kernel
             var, mean = torch.var_mean(x.float(), (0, 2, 3), correction=0)
         else:
-            unused = torch.zeros(2, x.shape[1], device=x.device)  # the kernel wants two averages
-            mean, var = torch.batch_norm_update_stats(x, unused[0], unused[1], momentum=0.0)
+            running = torch.zeros(2, x.shape[1], device=x.device)  # the kernel insists on updating
+            mean, var = torch.batch_norm_update_stats(x, *running, momentum=0.0)
         ctx.save_for_backward(x, mean)
         return mean, var
 
@@ -293,14 +312,12 @@ class BatchNormLoss:
         for i, layer in enumerate(self.layers):
             self.hooks.append(layer.register_forward_pre_hook(partial(self.read, i)))
         # All layers' mu and var lie in one vector, so that the loss is a few large operations, not
-        # nine a layer. `part` tells for each number which of the 2L norms it belongs to.
+        # nine a layer. `owner` tells for each number which of the 2L norms it belongs to.
         if self.layers:
             self.stored = self.mixed()
             vectors = [values for pair in self.seen for values in pair]
-            part = [
-                torch.full_like(values, i, dtype=torch.long) for i, values in enumerate(vectors)
-            ]
-            self.part = torch.cat(part)
+            owner = [torch.full_like(v, i, dtype=torch.long) for i, v in enumerate(vectors)]
+            self.owner = torch.cat(owner)
 
     def read(self, i, layer, inputs):
         """A hook of layer i: inputs is a tuple with what it is about to normalise (B, ch, H, W)."""
@@ -315,9 +332,9 @@ class BatchNormLoss:
         return self.momentum * self.average + (1 - self.momentum) * batch
 
     def __call__(self):
-        """The loss, a scalar: a vector of squared differences, summed up norm by norm."""
+        """sum((mu_T - mu).norm() + (var_T - var).norm() for every layer), a scalar."""
         squares = (self.stored - self.mixed()).square()
-        sums = squares.new_zeros(2 * len(self.layers)).index_add(0, self.part, squares)
+        sums = squares.new_zeros(2 * len(self.layers)).index_add(0, self.owner, squares)
         return (sums + 1e-20).sqrt().sum()  # the slope of sqrt(0) would be infinite
 
     @torch.no_grad()
@@ -355,7 +372,8 @@ def distillation_loss(student_logits, teacher_logits, temperature):
 class MemoryBank:
     """M: the synthetic images, uint8 (capacity, ch, H, W), on the device; theirs: PNG files [code].
 
-    S learns from all images so far, or it would forget. A ring: the newest replace the oldest."""
+    S learns from all images so far, or it would forget. A ring: the newest replace the oldest.
+    len() is the number of images in it, `.added` the number ever added."""
 
     def __init__(self, capacity, channels, image_size, device="cpu"):
         shape = (capacity, channels, image_size, image_size)
@@ -366,7 +384,7 @@ class MemoryBank:
         return min(self.added, len(self.images))
 
     def add(self, images):
-        """images: uint8 (B, ch, H, W). Of more than it holds, the last stay."""
+        """images: uint8 (B, ch, H, W). Of more than fit, the last are kept."""
         capacity = len(self.images)
         numbers = torch.arange(self.added, self.added + len(images), device=images.device)
         places = numbers[-capacity:] % capacity
@@ -382,7 +400,9 @@ class Augment:
     """Random crop after zero padding (of the pixels), random mirroring, normalisation; per image.
 
     images (B, ch, H, W), float in [0, 1] -> the same shape, normalised. Gradients pass through: G
-    learns images that T knows wherever they are cropped. `normalize` alone is for scoring."""
+    learns images that T knows wherever they are cropped. `normalize` alone is for scoring.
+    mean, std: a number per channel, as T was trained. padding: pixels of zeros on each side before
+    the crop. flip: whether half of the images are mirrored."""
 
     def __init__(self, mean, std, padding, flip, device="cpu"):
         self.mean = torch.tensor(mean, device=device).view(-1, 1, 1)
@@ -410,8 +430,9 @@ class Augment:
 
 
 # ---- Half-steps ----------------------------------------------------------------------------------
-# Both are written as a function `step()`, one step of the algorithm, and `repeat` runs it. A step
-# changes tensors in place and asks the device for no number, so that nothing waits for it.
+# An epoch has two: many steps of Z and G, then many steps of S. Each defines `step()`, a single
+# one, and `repeat` is its loop. A step changes tensors in place and reads no number from the
+# device, so that nothing waits for it.
 def repeat(step, times):
     """step() again and again. Returns what it gave, a tensor each time, stacked (times, ...)."""
     results = []
@@ -444,26 +465,27 @@ def synthesize(
     """One batch of images for `labels` (B,), from `inputs` (B, D), by `steps` steps of a new Adam.
 
     inputs: e_y of each label, or what takes its place. teacher: frozen, in eval mode. augment: an
-    `Augment`. lr: of Adam. alpha_*: the weights of the terms; one of weight 0 is not computed and
-    counts as 0. Returns the images of the step with the lowest total loss, before augmentation,
-    uint8 (B, ch, H, W), and the losses of every step (steps, 4): those of LOSSES, and their
-    weighted sum. Nothing leaves the device in the loop."""
+    `Augment`. lr: of Adam. alpha_*: the weights of the terms; with alpha_bn or alpha_adv of 0 that
+    term is not computed and counts as 0. Returns the images of the step with the lowest total loss,
+    before augmentation, uint8 (B, ch, H, W), and the losses of every step (steps, 4): those of
+    LOSSES, and their weighted sum. Nothing leaves the device in the loop."""
     # S stays in eval mode: the authors' is in train mode from the second batch of an epoch on, so
     # that the statistics of its BatchNorm are overwritten by half-made images [code].
     student.eval().requires_grad_(False)
     parameters = [*generator.parameters(), *noisy_layer.parameters()]
     optimizer = torch.optim.Adam(parameters, lr, betas=(0.5, 0.999), fused=True)
     zero = torch.zeros((), device=labels.device)
-    best_loss = zero + math.inf
+    best_loss = torch.full_like(zero, math.inf)
     best_images = torch.zeros(len(labels), *generator.image_shape, device=labels.device)
 
     def step():
         images = generator(noisy_layer(inputs))  # x^ = G(Z(e_y))
         views = augment(images)  # afresh at each step; T and S see the same
         teacher_logits = teacher(views).float()  # in bf16, where that is fast: see Run.on_device
-        loss_ce = F.cross_entropy(teacher_logits, labels)  # be what y says
-        loss_bn = bn_loss() if alpha_bn else zero  # look like what T has seen: its hooks read along
-        loss_adv = adversarial_loss(student(views), teacher_logits) if alpha_adv else zero  # be new
+        # T must say y, T's layers must see what they saw in training, S must not know it yet.
+        loss_ce = F.cross_entropy(teacher_logits, labels)
+        loss_bn = bn_loss() if alpha_bn else zero
+        loss_adv = adversarial_loss(student(views), teacher_logits) if alpha_adv else zero
         loss = alpha_ce * loss_ce + alpha_bn * loss_bn + alpha_adv * loss_adv
         optimizer.zero_grad()
         loss.backward()
@@ -480,26 +502,26 @@ def synthesize(
 
 # ---- Half-step 2. Over S, minimise L_KD on images from M -----------------------------------------
 def blend(views, fraction):
-    """A `fraction` of the views, each mixed with its neighbour in a random proportion [ours]."""
+    """Mixup [ours]: each view, with probability `fraction`, is blended with another one."""
     weight, chance = torch.rand(2, len(views), 1, 1, 1, device=views.device)
-    weight = weight * (chance < fraction)  # of the neighbour; 0 for the views that stay as they are
-    return views.lerp(views.roll(1, 0), weight)
+    weight = weight * (chance < fraction)  # of the other; 0 for the views that stay as they are
+    return views.lerp(views.roll(1, dims=0), weight)
 
 
 def lessons(teacher, memory, augment, batch, pool, reuse, mix):
-    """Endless batches to learn from: views (batch, ch, H, W) and T's logits on them.
+    """Endless batches to learn from: views (batch, ch, H, W) and T's logits on them (batch, C).
 
-    T answers a pool of `pool` batches of new views, and S passes `reuse` times over it, each time
-    in another order; then comes a new pool."""
+    T is asked about `pool` batches of new views together, and S passes `reuse` times over them,
+    each time in another order; then come new ones."""
     while True:
         views = augment(memory.sample(pool * batch).float() / 255)
         if mix:
             views = blend(views, mix)
         with torch.no_grad():
-            answers = torch.cat([teacher(part) for part in views.split(batch)])
+            logits = torch.cat([teacher(part) for part in views.split(batch)])
         for _ in range(reuse):
-            for rows in torch.randperm(len(views), device=views.device).split(batch):
-                yield views[rows], answers[rows]
+            for chosen in torch.randperm(len(views), device=views.device).split(batch):
+                yield views[chosen], logits[chosen]
 
 
 def distill(
@@ -520,18 +542,18 @@ def distill(
     Nothing but T's softened answers is learnt from; the labels that G was asked for play no part.
     batch: images in a step. temperature: tau of L_KD. optimizer: of S; its state lives on.
     reuse R > 1 [ours]: T answers 1/R of the epoch's views, and S passes R times over them. R = 4
-    takes 36 % less time (two Zen 5 cores); in pools of 16 batches S learns 0.1 to 1.7 points less.
+    takes 36 % less time (two Zen 5 cores).
     mix [ours]: share of views blended with another; 0.5: +3.0 points (1.2 to 4.8) on CIFAR-10."""
     student.train().requires_grad_(True)
-    pool = 1  # batches that T answers together; for R = 1 there are new views at every step
+    pool = 1  # batches that T is asked about together; for R = 1 new views at every step
     if reuse > 1:
         most = 2**27 // (batch * memory.images[0].numel())  # batches of views in 512 MiB
         pool = max(1, min(math.ceil(steps / reuse), most))
     batches = lessons(teacher, memory, augment, batch, pool, reuse, mix)
 
     def step():
-        views, answers = next(batches)
-        loss = distillation_loss(student(views), answers, temperature)
+        views, teacher_logits = next(batches)
+        loss = distillation_loss(student(views), teacher_logits, temperature)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -541,17 +563,17 @@ def distill(
 
 
 def learning_rate(peak, progress):
-    """Of S, at `progress` in [0, 1) of the E epochs: a cosine from `peak` to 2e-4 [code]."""
+    """Learning rate of S at `progress` in [0, 1) of the E epochs: a cosine from peak to 2e-4."""
     return 2e-4 + (peak - 2e-4) * (1 + math.cos(math.pi * progress)) / 2
 
 
 # ---- What the loop works on ----------------------------------------------------------------------
 def share(count):
-    """What this rank has to do of `count` batches or images."""
+    """`count` batches or images divided among the ranks, rounded up."""
     return math.ceil(count / RANKS)
 
 
-def gather(tensor):
+def from_all_ranks(tensor):
     """The tensors of all ranks, one after the other; of a single rank its own."""
     if RANKS == 1:
         return tensor
@@ -571,7 +593,7 @@ class Run:
         self.args = args
         self.device, fast_bf16 = pick_device(args.device)
         if args.amp is None:
-            args.amp = fast_bf16
+            args.amp = fast_bf16  # in the flags, since the checkpoint keeps them
         torch.backends.cudnn.benchmark = True  # the fastest kernels that a trial finds
         torch.set_float32_matmul_precision("high")  # TF32, where bf16 is not used
         torch.manual_seed(args.seed)  # for the weights of S; each epoch has a seed of its own
@@ -609,7 +631,6 @@ class Run:
         self.memory = MemoryBank(capacity, *self.shape, self.device)
 
         # What tells how good S is, and the tables that say so.
-        self.judged_on = None  # images for the column `agree`, see `judge_on`
         self.test = None  # batches of real images, for the column `accuracy`
         self.rows = []  # of log.csv, a dict for each finished epoch
         self.steps = []  # of generator.csv, a dict for each generator step
@@ -631,7 +652,7 @@ class Run:
         args = self.args
         model.to(self.device, memory_format=torch.channels_last)
         autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=args.amp)
-        model.forward = autocast(model.forward)  # casts weights and maps on their way
+        model.forward = autocast(model.forward)  # with --amp: its convolutions compute in bf16
         if args.compile:
             torch._dynamo.config.cache_size_limit = 64  # T and S share code, in several modes
             model.compile(dynamic=False)
@@ -644,7 +665,7 @@ class Run:
         hidden_size = HIDDEN_SIZE
         images_per_matrix = min(C, args.synthesis_batch)  # K: one image of each class
         num_matrices = math.ceil(args.synthesis_batch / images_per_matrix)  # N
-        self.noisy_layer = NoisyLayer(D, num_matrices, images_per_matrix, hidden_size)
+        self.noisy_layer = NoisyLayer(D, num_matrices, images_per_matrix)
         if args.noisy_layer == "off":  # G reads the normalised e_y: one image per class and step
             self.noisy_layer = self.noisy_layer.norm
             hidden_size = D
@@ -680,15 +701,15 @@ class Run:
             )
             if args.alpha_bn:
                 self.bn_loss.update()  # the average moves once per batch, from the last step
-            all_images.append(gather(images))
-            all_labels.append(gather(labels))
+            all_images.append(from_all_ranks(images))
+            all_labels.append(from_all_ranks(labels))
             all_losses.append(losses)
         return torch.cat(all_images), torch.cat(all_labels), torch.stack(all_losses)
 
 
 # ---- The algorithm -------------------------------------------------------------------------------
 #     for every epoch:                       the first ones, the warm-up, only fill M
-#         every 10th: a brand-new Z and G
+#         every `--generator-life` epochs: a brand-new Z and G
 #         for every batch:                   Run.make_images
 #             re-draw Z; labels y: sets of all classes; their embeddings e_y
 #             g steps over Z and G           synthesize, half-step 1
@@ -705,7 +726,7 @@ def main(argv=None):
     greet(run)
     start = time.perf_counter()
     resume(run)
-    run.judged_on = judge_on(run)
+    run.agreement_images = agreement_images(run)
     if run.rows:
         start -= run.rows[-1]["seconds"]  # of the sittings before
     epochs = range(len(run.rows), args.warmup_epochs + args.epochs)
@@ -756,8 +777,8 @@ def main(argv=None):
 
 
 # ==================================================================================================
-# Here the method ends. What follows could be any project's: flags, networks, model files, images to
-# score on, scores and pictures, the files of a run, errors.
+# Here the method ends. What follows surrounds it: flags, networks, model files, images to score on,
+# scores and pictures, the files of a run, errors. You need not read it to understand the method.
 # ==================================================================================================
 
 
@@ -767,7 +788,8 @@ def number(kind, low, high=math.inf):
 
     def parse(text):
         value = kind(text)
-        if not low <= value <= high or value == math.inf:  # nan is in no interval
+        inside = low <= value <= high and value != math.inf  # nan is in no interval
+        if not inside:
             raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {high}]")
         return value
 
@@ -793,7 +815,7 @@ def parse_args(argv=None):
 
     parser.error = refuse
 
-    def add(flag, kind, default, text, **more):
+    def add(flag, kind, default, text, **more):  # to the group that was opened last
         if kind is bool:
             more["action"] = argparse.BooleanOptionalAction  # --flag and --no-flag
         else:
@@ -802,7 +824,7 @@ def parse_args(argv=None):
 
     count, positive, weight = number(int, 1), number(float, 1e-9), number(float, 0)
     group = parser.add_argument_group("run")
-    add("--dataset", str, None, "the images to score on", choices=IMAGES)
+    add("--dataset", str, None, "of the teacher, and to score on", choices=IMAGES)
     add("--preset", str, None, "whose defaults; cpu: the best in an hour", choices=PRESETS)
     add("--data-root", Path, Path("data"), "folder of the data sets, for scoring alone")
     add("--out", Path, None, "folder to write to (None: runs/<dataset>-<teacher>-<student>)")
@@ -810,7 +832,7 @@ def parse_args(argv=None):
     add("--device", str, "auto", "auto: cuda if it is there", choices="auto cuda mps cpu".split())
     add("--resume", bool, False, "go on after the last finished epoch of the run in --out")
     add("--eval", bool, True, "score the student on real test images after every epoch")
-    add("--agree-batches", number(int, 0), 10, "to judge `agree` on, made before the run; 0: none")
+    add("--agree-batches", number(int, 0), 10, "made before the run, for `agree` (the later half)")
     add("--amp", bool, None, "bf16 autocast (None: where the device is fast with it)")
     add("--compile", bool, False, "torch.compile for T, S and G")
     group = parser.add_argument_group("networks and class names")
@@ -837,8 +859,8 @@ def parse_args(argv=None):
     add("--alpha-bn", weight, 10.0, "weight of L_BN; 0 if T has no BatchNorm")
     add("--alpha-adv", weight, 1.33, "weight of L_adv, off in the warm-up")
     add("--bn-momentum", number(float, 0, 1), 0.9, "share of the moving average in L_BN; 0: none")
-    add("--label-input", str, "lte", "what Z reads", choices=["lte", "onehot", "noise"])
-    kinds = ["reinit", "fixed", "off"]
+    add("--label-input", str, "lte", "what Z reads", choices="lte onehot noise".split())
+    kinds = "reinit fixed off".split()
     add("--noisy-layer", str, "reinit", "drawn for each batch, once, or no Z at all", choices=kinds)
     group = parser.add_argument_group("student")
     add("--student-steps", count, 400, "distillation steps per epoch")
@@ -853,7 +875,7 @@ def parse_args(argv=None):
     add("--crop-padding", number(int, 0, 28), 4, "zeros around an image to crop")
     add("--flip", bool, True, "mirror half of the images")
 
-    # Which preset? A first look at the command line finds it; any other flag may still be wrong.
+    # Which preset? A first look at the command line finds it. Unknown flags are refused below.
     asked, _ = parser.parse_known_args(argv)
     dataset, preset = asked.dataset, asked.preset
     if dataset is None:
@@ -932,19 +954,21 @@ def build_model(name, num_classes, channels=3, image_size=32):
     For images of up to 64 pixels, a ResNet gets a 3x3 stem, no max-pool and PyTorch's default
     initial weights; a VGG gets BatchNorm, max-pooling after its first three stages alone (four for
     64 pixels) and one linear layer [code]. Raises UserError for an unknown name."""
+    # A wide ResNet is written above; torchvision has none for small images.
     wide = re.fullmatch(r"wrn(\d+)_([1-9]\d*)", name)
-    if wide and int(wide[1]) in range(10, 1000, 6):
+    if wide and int(wide[1]) in range(10, 1000, 6):  # depth = 6n + 4
         return WideResNet(int(wide[1]), int(wide[2]), num_classes, channels)
     from torchvision import models
 
     small = image_size <= SMALL
     if small and re.fullmatch(r"vgg\d\d", name):
-        name += "_bn"
+        name += "_bn"  # torchvision's name for a VGG with BatchNorm
     known = name in models.list_models(module=models) and channels == 3
     check(
         known, f"no {name} for {channels} channels: use wrn16_1, ... or, for 3, a torchvision name"
     )
     model = models.get_model(name, weights=None, num_classes=num_classes)
+    # Made for 224 pixels: for small images the first layers must not throw away so much.
     if small and isinstance(model, models.ResNet):
         model.conv1 = conv(3, 64, 3)
         model.maxpool = nn.Identity()
@@ -1006,12 +1030,14 @@ def network_from_file(place):
         if isinstance(model, nn.DataParallel):
             model = model.module
         check(isinstance(model, nn.Module), f"{place}: {type(model).__name__}, not an nn.Module")
-        return model.cpu().float().requires_grad_(True)
+        return model.cpu().float()
 
 
 @torch.no_grad()
 def count_outputs(model, name, channels, image_size):
-    """C, by a forward pass on two black images. UserError if it fails."""
+    """C, by a forward pass on two black images in the mode that the network is in.
+
+    UserError if it fails, or gives something else than logits (2, C)."""
     with explained(f"{name} does not take {channels} channels of {image_size}x{image_size} pixels"):
         logits = model(torch.zeros(2, channels, image_size, image_size))
     shape = list(getattr(logits, "shape", []))  # of a tensor
@@ -1024,6 +1050,7 @@ def count_outputs(model, name, channels, image_size):
 def load_teacher(args):
     """T, frozen, in eval mode, with its description as `.info`: a name in teachers/, a model file,
     or file.py:function, which cannot describe itself: --dataset and the flags do."""
+    # Where it comes from.
     name = args.teacher
     if ".py:" in name:
         teacher = network_from_file(name)
@@ -1037,6 +1064,7 @@ def load_teacher(args):
         command = f"python teachers/train.py --dataset {args.dataset} --model {name}"
         check(path.exists(), f"no {path}; make it: {command}")
         teacher = load_model(path)
+    # What it is: its classes, and the images that it was trained on.
     info = teacher.info
     if args.class_names:
         info["class_names"] = read_names(args.class_names)
@@ -1050,9 +1078,11 @@ def load_teacher(args):
     channels = info.setdefault("channels", len(info["mean"]))
     fits = len(info["mean"]) == len(info["std"]) == channels
     check(fits, f"--mean and --std take one number per channel: {channels}")
+    # Does it take such images, and does it know so many classes?
     C = count_outputs(teacher.eval(), name, channels, info["image_size"])
     names = info["class_names"] = info["class_names"] or [f"class {k}" for k in range(C)]
     check(len(names) == C, f"{len(names)} class names, but {name} has {C} outputs")
+    # A resumed run must meet the same weights, wherever the file lies.
     weights = {key: value.contiguous().clone() for key, value in teacher.state_dict().items()}
     info["sha256"] = hashlib.sha256(safetensors.torch.save(weights)).hexdigest()
     return teacher.requires_grad_(False).eval()
@@ -1096,7 +1126,8 @@ def image_folder(folder, channels, size):
 
 
 def test_digits():
-    """500 of scikit-learn's digits that no teacher was trained on: (image uint8, label) pairs."""
+    """500 of scikit-learn's digits that no teacher was trained on, enlarged to 16 pixels: pairs of
+    an image, uint8 (1, 16, 16), and its label."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -1163,7 +1194,9 @@ def test_batches(dataset, root, class_names, channels, image_size, device):
 # ---- Scores and pictures -------------------------------------------------------------------------
 @torch.no_grad()
 def accuracy(model, batches, augment):
-    """Fraction in [0, 1] of images that `model` gets right; batches: (images uint8, labels)."""
+    """Fraction in [0, 1] of images that `model` gets right. Leaves it in eval mode.
+
+    batches: pairs of images, uint8 (n, ch, H, W), and labels (n,), on any device."""
     model.eval()
     device = augment.mean.device
     correct, seen = 0, 0
@@ -1176,7 +1209,9 @@ def accuracy(model, batches, augment):
 
 @torch.no_grad()
 def agreement(teacher, student, images, augment):
-    """Fraction of `images`, uint8 (B, ch, H, W), on which S names the class that T names."""
+    """Fraction in [0, 1] of `images`, uint8 (B, ch, H, W), on which S names the class that T names.
+
+    [ours] Needs no label and no real image: it tells how good S is where there are none."""
     batches = []
     for part in images.split(500):  # no more at once than a scoring batch
         answers = teacher(augment.normalize(part.float() / 255)).argmax(1)
@@ -1184,7 +1219,7 @@ def agreement(teacher, student, images, augment):
     return accuracy(student, batches, augment)
 
 
-def judge_on(run):
+def agreement_images(run):
     """Images for the column `agree` [ours], uint8: made before the first epoch, without L_adv, by a
     generator of their own, which is thrown away. S never meets them, nor their like."""
     batches, path = run.args.agree_batches, run.args.out / "agree.pt"
@@ -1196,7 +1231,7 @@ def judge_on(run):
     run.new_generator()
     images, _, losses = run.make_images(batches, alpha_adv=0.0)
     check_finite(losses, "the images for `agree`, [batch, step, loss]")
-    run.bn_loss.average = None
+    run.bn_loss.average = None  # the run itself begins without one
     images = images[len(images) // 2 :]  # the earlier are poor
     if RANK == 0:
         with replaced(path) as temporary:
@@ -1205,24 +1240,25 @@ def judge_on(run):
 
 
 def score(run, row):
-    """Fill the row's columns `agree`, `accuracy` and `best`."""
+    """Fill the columns `agree`, `accuracy` and `best` of the row, the last of run.rows."""
     began = time.perf_counter()
-    if run.judged_on is not None:
-        row["agree"] = agreement(run.teacher, run.student, run.judged_on, run.augment)
+    if run.agreement_images is not None:
+        row["agree"] = agreement(run.teacher, run.student, run.agreement_images, run.augment)
     if run.test:
         row["accuracy"] = accuracy(run.student, run.test, run.augment)
-        row["best"] = max(row["accuracy"] for row in run.rows if row["accuracy"] is not None)
+        row["best"] = max(r["accuracy"] for r in run.rows if r["accuracy"] is not None)
     row["seconds_evaluation"] = time.perf_counter() - began
 
 
 def draw_samples(path, images, labels, class_names):
-    """Images uint8 (B, ch, H, W): a column for each of at most 20 classes, its name on top."""
+    """A picture of images uint8 (B, ch, H, W) with labels (B,): a column of at most 8 images for
+    each of at most 20 classes, its name on top."""
     from matplotlib.figure import Figure
 
     shown = labels.unique().tolist()
     shown = shown[:: math.ceil(len(shown) / 20)]
     height = min(8, labels.bincount()[shown].min().item())  # images in a column
-    framed = F.pad(images.cpu(), (1, 1, 1, 1), value=255)
+    framed = F.pad(images, (1, 1, 1, 1), value=255)
     columns = [torch.cat([*framed[labels == k][:height]], dim=1) for k in shown]
     picture = torch.cat(columns, dim=2).permute(1, 2, 0)  # (height, width, ch)
     axes = Figure(figsize=(0.7 * len(shown), 0.7 * height + 0.5)).subplots()
@@ -1234,7 +1270,9 @@ def draw_samples(path, images, labels, class_names):
 
 
 def draw_curve(path, rows, teacher_accuracy):
-    """Against seconds: test accuracy, with the teacher's as a line; the unweighted losses."""
+    """Against seconds: test accuracy, with the teacher's as a line; the unweighted losses.
+
+    rows: those of log.csv, dicts. teacher_accuracy: in [0, 1], or None."""
     from matplotlib.figure import Figure
 
     left, right = Figure(figsize=(10, 4), layout="constrained").subplots(1, 2)
@@ -1254,16 +1292,17 @@ def draw_curve(path, rows, teacher_accuracy):
 # ---- The files of a run --------------------------------------------------------------------------
 # checkpoint.pt is written last in every epoch, so that a kill at any moment leaves this epoch's
 # state or the one before; memory/ holds the bank's images, a file an epoch. No random state is
-# kept: the numbers of an epoch follow from --seed, the epoch and the rank alone [ours].
-FREE = "out preset data_root device resume eval compile teacher class_names".split()  # no number
-SHOWN = dict(epoch="d", images="d") | dict.fromkeys([*LOSSES, "loss_kd"], ".4f")  # on the console
+# kept: the random numbers of an epoch follow from --seed, the epoch and the rank alone [ours].
+# FREE: flags that a resumed run may change. SHOWN: columns on the console, and their formats.
+FREE = "out preset data_root device resume eval compile teacher class_names".split()
+SHOWN = dict(epoch="d", images="d") | dict.fromkeys([*LOSSES, "loss_kd"], ".4f")
 SHOWN |= dict(agree=".1%", accuracy=".2%", best=".2%", seconds=".1f")
 STEP = ["epoch", "batch", "step", *LOSSES, "loss"]  # of generator.csv
 COLUMNS = [*SHOWN, "seconds_synthesis", "seconds_distillation", "seconds_evaluation"]  # of log.csv
 
 
 def seed_epoch(seed, epoch):
-    """No two epochs or ranks share their random numbers."""
+    """Seed torch from the three, hashed, so that no two epochs or ranks share random numbers."""
     torch.manual_seed(random.Random(repr((seed, epoch, RANK))).getrandbits(63))
 
 
@@ -1285,7 +1324,8 @@ def greet(run):
 
 
 def show(row):
-    """A row of the table on the console; "-" for what was not measured."""
+    """A row of the table on the console, a cell for each column of SHOWN; "-" for what was not
+    measured."""
     line = ""
     for name, form in SHOWN.items():
         cell = "-" if row[name] is None else format(row[name], form)
@@ -1297,18 +1337,19 @@ def check_finite(losses, place):
     """UserError that names the first of the `losses`, a tensor of any shape, that is not finite."""
     bad = (~losses.isfinite()).nonzero().tolist()
     if bad:
-        raise UserError(f"a loss is not finite in {place} = {bad[0]}: lower the rate, or --no-amp")
+        raise UserError(f"a loss is not finite in {place} = {bad[0]}: lower --lr or --generator-lr")
 
 
 def note_losses(run, row, losses):
     """losses (batches, steps, n) of an epoch: into the rows of generator.csv, and the means of the
-    batches' last steps into the row of log.csv."""
+    batches' last steps into the row of log.csv. UserError if one is not finite."""
     epoch = row["epoch"]
     check_finite(losses, f"epoch {epoch}, [batch, step, loss]")
     for batch, steps in enumerate(losses.tolist()):
         for step, values in enumerate(steps):
             run.steps.append(dict(zip(STEP, (epoch, batch, step, *values), strict=True)))
-    row |= zip(LOSSES, losses[:, -1].mean(0).tolist())  # but for the last, their sum
+    means = losses[:, -1, :-1].mean(0)  # without the weighted sum
+    row.update(zip(LOSSES, means.tolist()))
 
 
 @contextlib.contextmanager
@@ -1348,6 +1389,7 @@ def save(run, images, labels):
     if RANK > 0:
         return
     args, out, info, row = run.args, run.args.out, run.info, run.rows[-1]
+    images, labels = images.cpu(), labels.cpu()
     epoch = f"epoch_{row['epoch']:03d}"
     write_table(out / "log.csv", run.rows)
     write_table(out / "generator.csv", run.steps)
@@ -1359,7 +1401,7 @@ def save(run, images, labels):
     about |= dict(trained_on=f"images made from {args.teacher}", command=shlex.join(sys.argv))
     save_model(out / "student.safetensors", run.student, about)
     with replaced(out / f"memory/{epoch}.pt") as temporary:
-        torch.save(dict(images=images.cpu(), labels=labels.cpu()), temporary)
+        torch.save(dict(images=images, labels=labels), temporary)
     checkpoint = dict(
         settings=settings_of(run),
         rows=run.rows,
@@ -1382,7 +1424,7 @@ def load_tensors(path, device):
 
 def resume(run):
     """Go back to the checkpoint in --out, if there is one. UserError if it is damaged, or of other
-    settings. One process goes on with the same bits; of several, each begins a new generator."""
+    settings. On a CPU one process goes on with the same bits; several begin new generators."""
     path = run.args.out / "checkpoint.pt"
     if not path.exists():
         return
@@ -1408,18 +1450,22 @@ def finish(run):
     """summary.json, curve.png, the last line on the console. Returns the summary: the scores, the
     last row of log.csv, and the settings."""
     out, last = run.args.out, run.rows[-1]
-    summary = dict(student_accuracy=last["accuracy"], best_accuracy=last["best"])
-    summary |= dict(teacher_accuracy=run.info.get("accuracy"), agree=last["agree"])
-    scores = [f"{name} {value:.2%}" for name, value in summary.items() if value is not None]
-    say("\n" + ", ".join(scores))
+    scores = dict(
+        student_accuracy=last["accuracy"],
+        best_accuracy=last["best"],
+        teacher_accuracy=run.info.get("accuracy"),
+        agree=last["agree"],
+    )
+    known = [f"{name} {value:.2%}" for name, value in scores.items() if value is not None]
+    say(", ".join(known))
     versions = dict(python=sys.version.split()[0], torch=torch.__version__)
-    summary |= dict(device=str(run.device), versions=versions, teacher=run.args.teacher)
-    summary |= last | dict(settings=settings_of(run))
+    about = dict(device=str(run.device), versions=versions, teacher=run.args.teacher)
+    summary = scores | last | about | dict(settings=settings_of(run))
     if RANK == 0:
         with replaced(out / "summary.json") as temporary:
             temporary.write_text(json.dumps(summary, indent=2) + "\n")
         with replaced(out / "curve.png") as temporary:
-            draw_curve(temporary, run.rows, summary["teacher_accuracy"])
+            draw_curve(temporary, run.rows, scores["teacher_accuracy"])
     if RANKS > 1:
         dist.barrier()  # gloo may abort a rank that leaves while it still holds a tensor
         dist.destroy_process_group()
@@ -1447,7 +1493,7 @@ def explained(message):
     except Exception as error:
         lines = (str(error).strip() or type(error).__name__).splitlines()
         reason = lines[0]
-        if "worker process" in reason:  # where it was; what it was stands at the end
+        if "worker process" in reason:  # the first line says where it was, the last line what
             reason = lines[-1]
         raise UserError(f"{message} ({reason[:200]})") from error
 
@@ -1459,6 +1505,7 @@ def pick_device(name):
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # torchrun's
     device = torch.device(name)
+    # Whether it is there, an operation tells.
     with explained(f"there is no {device} here: use --device cpu, or lower --nproc-per-node"):
         torch.zeros(1, device=device)
     if device.type == "cuda":
@@ -1478,7 +1525,11 @@ def keep_freed_memory():
 
 
 def run_script(main):
-    """Run main() as a program: one clear line and an exit code in the place of a traceback."""
+    """Run main() as a program: one clear line and an exit code in the place of a traceback.
+
+    0: done. 1: what the user can put right, or what the machine lacks. 2: a wrong command line, see
+    `parse_args`. 130 and 143: stopped by Ctrl-C, by SIGTERM. A fault of this program keeps its
+    traceback."""
     kept = "finished epochs are kept: go on with the same command and --resume"
 
     def stop(signum, frame):
@@ -1499,7 +1550,7 @@ def run_script(main):
         elif re.search("by peer|NCCL", str(error)):
             line = f"another process of this run has ended; {kept}"
         else:
-            raise  # a fault of this program
+            raise
     sys.exit(f"{Path(sys.argv[0]).name}: error: {line}")
 
 
