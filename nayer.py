@@ -103,11 +103,21 @@ IMAGES = dict(  # how the images of a data set look, and were normalised for the
     folder=dict(),  # its teacher, or the flags, say so
 )
 
-# A preset is a piece of command line that stands before yours, so that your flags win. Whatever it
-# leaves out has the default written in `parse_args`, which is the setting of the published CIFAR-10
-# run. The first three presets are the settings of the authors' scripts [code].
+# A preset is a piece of command line that stands before yours, so that your flags win. What it
+# leaves out is as in cifar10, the published run, whose settings are all here. The first three are
+# those of the authors' scripts [code]. `python nayer.py --help` says what each flag means.
 PRESETS = dict(
-    cifar10="",
+    cifar10=(
+        f"--teacher wrn40_2 --student wrn16_2 --text-encoder {TEXT_ENCODER} "
+        "--prompt 'a photo of {class}' "
+        "--warmup-epochs 20 --warmup-batches 10 --epochs 100 --batches 2 "
+        "--synthesis-batch 400 --generator-steps 30 --generator-lr 4e-3 --generator-life 10 "
+        "--generator-width 64 --alpha-ce 0.5 --alpha-bn 10 --alpha-adv 1.33 --bn-momentum 0.9 "
+        "--label-input lte --noisy-layer reinit "
+        "--student-steps 400 --student-batch 512 --reuse 1 --mix 0 --lr 0.2 --weight-decay 1e-4 "
+        "--no-nesterov --temperature 20 --crop-padding 4 --flip "
+        "--seed 0 --device auto --no-compile --no-resume --data-root data --eval --agree-batches 10"
+    ),
     cifar100="--generator-steps 40",
     tiny_imagenet=(
         "--warmup-batches 20 --batches 4 --synthesis-batch 200 --generator-steps 60 "
@@ -800,8 +810,7 @@ def number(kind, low, high=math.inf):
 def parse_args(argv=None):
     """The command line -> a Namespace. A wrong one ends with one line on stderr and exit code 2.
 
-    The defaults written here are those of the published CIFAR-10 run [code], see PRESETS. The
-    preset's flags become the defaults, also those that --help shows, and the user's flags win."""
+    The flags of the preset become the defaults, which --help shows, too; the user's flags win."""
     parser = argparse.ArgumentParser(
         "nayer.py",
         description=__doc__.split("\n")[0],
@@ -815,75 +824,76 @@ def parse_args(argv=None):
 
     parser.error = refuse
 
-    def add(flag, kind, default, text, **more):  # to the group that was opened last
+    def add(flag, text, kind=str, **more):  # to the group that was opened last
         if kind is bool:
             more["action"] = argparse.BooleanOptionalAction  # --flag and --no-flag
         else:
             more["type"] = kind
-        group.add_argument(flag, default=default, help=text, **more)
+        group.add_argument(flag, help=text, **more)
 
     count, positive, weight = number(int, 1), number(float, 1e-9), number(float, 0)
     group = parser.add_argument_group("run")
-    add("--dataset", str, None, "of the teacher, and to score on", choices=IMAGES)
-    add("--preset", str, None, "whose defaults; cpu: the best in an hour", choices=PRESETS)
-    add("--data-root", Path, Path("data"), "folder of the data sets, for scoring alone")
-    add("--out", Path, None, "folder to write to (None: runs/<dataset>-<teacher>-<student>)")
-    add("--seed", number(int, 0, 2**63 - 1), 0, "of all random numbers")
-    add("--device", str, "auto", "auto: cuda if it is there", choices="auto cuda mps cpu".split())
-    add("--resume", bool, False, "go on after the last finished epoch of the run in --out")
-    add("--eval", bool, True, "score the student on real test images after every epoch")
-    add("--agree-batches", number(int, 0), 10, "made before the run, for `agree` (the later half)")
-    add("--amp", bool, None, "bf16 autocast (None: where the device is fast with it)")
-    add("--compile", bool, False, "torch.compile for T, S and G")
+    add("--dataset", "of the teacher, and to score on", choices=IMAGES)
+    add("--preset", "whose defaults; cpu: the best in an hour", choices=PRESETS)
+    add("--data-root", "folder of the data sets, for scoring alone", Path)
+    add("--out", "folder to write to (None: runs/<dataset>-<teacher>-<student>)", Path)
+    add("--seed", "of all random numbers", number(int, 0, 2**63 - 1))
+    add("--device", "auto: cuda if it is there", choices="auto cuda mps cpu".split())
+    add("--resume", "go on after the last finished epoch of the run in --out", bool)
+    add("--eval", "score the student on real test images after every epoch", bool)
+    add("--agree-batches", "made before the run, for `agree` (the later half)", number(int, 0))
+    add("--amp", "bf16 autocast (None: where the device is fast with it)", bool)
+    add("--compile", "torch.compile for T, S and G", bool)
     group = parser.add_argument_group("networks and class names")
-    add("--teacher", str, "wrn40_2", "T: name, model file, file.py:function")
-    add("--student", str, "wrn16_2", "S: name, or file.py:function")
-    add("--class-names", Path, None, "file with a name per line (None: those of the teacher)")
-    add("--text-encoder", str, TEXT_ENCODER, "Hugging Face name, or local folder")
-    add("--image-size", number(int, 8, 224), None, "pixels, a multiple of 4 (None: the teacher's)")
-    add("--mean", float, None, "per channel, as T was trained (None: its file says)", nargs="+")
-    add("--std", number(float, 1e-6), None, "likewise", nargs="+")
-    add("--prompt", str, "a photo of {class}", "to embed")
+    add("--teacher", "T: name, model file, file.py:function")
+    add("--student", "S: name, or file.py:function")
+    add("--class-names", "file with a name per line (None: those of the teacher)", Path)
+    add("--text-encoder", "Hugging Face name, or local folder")
+    add("--image-size", "pixels, a multiple of 4 (None: the teacher's)", number(int, 8, 224))
+    add("--mean", "per channel, as T was trained (None: its file says)", float, nargs="+")
+    add("--std", "likewise", number(float, 1e-6), nargs="+")
+    add("--prompt", "to embed")
     group = parser.add_argument_group("loop")
-    add("--warmup-epochs", number(int, 0), 20, "epochs that only fill M")
-    add("--warmup-batches", count, 10, "batches synthesised in each of these")
-    add("--epochs", count, 100, "E: epochs that follow, with distillation")
-    add("--batches", count, 2, "likewise, in each of these")
+    add("--warmup-epochs", "epochs that only fill M", number(int, 0))
+    add("--warmup-batches", "batches synthesised in each of these", count)
+    add("--epochs", "E: epochs that follow, with distillation", count)
+    add("--batches", "likewise, in each of these", count)
     group = parser.add_argument_group("generator")
-    add("--synthesis-batch", number(int, 2), 400, "B: images in a batch")
-    add("--generator-steps", count, 30, "g: steps of Z and G for a batch")
-    add("--generator-lr", positive, 4e-3, "of Adam, which starts afresh with every batch")
-    add("--generator-life", count, 10, "epochs until a new generator replaces it")
-    add("--generator-width", count, 64, "f: channels of its last hidden layer")
-    add("--alpha-ce", weight, 0.5, "weight of L_CE")
-    add("--alpha-bn", weight, 10.0, "weight of L_BN; 0 if T has no BatchNorm")
-    add("--alpha-adv", weight, 1.33, "weight of L_adv, off in the warm-up")
-    add("--bn-momentum", number(float, 0, 1), 0.9, "share of the moving average in L_BN; 0: none")
-    add("--label-input", str, "lte", "what Z reads", choices="lte onehot noise".split())
+    add("--synthesis-batch", "B: images in a batch", number(int, 2))
+    add("--generator-steps", "g: steps of Z and G for a batch", count)
+    add("--generator-lr", "of Adam, which starts afresh with every batch", positive)
+    add("--generator-life", "epochs until a new generator replaces it", count)
+    add("--generator-width", "f: channels of its last hidden layer", count)
+    add("--alpha-ce", "weight of L_CE", weight)
+    add("--alpha-bn", "weight of L_BN; 0 if T has no BatchNorm", weight)
+    add("--alpha-adv", "weight of L_adv, off in the warm-up", weight)
+    add("--bn-momentum", "share of the moving average in L_BN; 0: none", number(float, 0, 1))
+    add("--label-input", "what Z reads", choices="lte onehot noise".split())
     kinds = "reinit fixed off".split()
-    add("--noisy-layer", str, "reinit", "drawn for each batch, once, or no Z at all", choices=kinds)
+    add("--noisy-layer", "drawn for each batch, once, or no Z at all", choices=kinds)
     group = parser.add_argument_group("student")
-    add("--student-steps", count, 400, "distillation steps per epoch")
-    add("--student-batch", number(int, 2), 512, "images in a student step")
-    add("--reuse", count, 1, "R: times that S learns from an answer of T")
-    add("--mix", number(float, 0, 1), 0.0, "share of views blended with another")
-    add("--lr", positive, 0.2, "of SGD, falls as a cosine over E to 2e-4")
-    add("--weight-decay", weight, 1e-4, "of SGD (momentum 0.9)")
-    add("--nesterov", bool, False, "look ahead: Nesterov's kind of momentum")
-    add("--temperature", positive, 20.0, "tau: softens the answers of T and S in L_KD")
-    add("--bank-size", count, None, "most images kept, the oldest give way (None: all are kept)")
-    add("--crop-padding", number(int, 0, 28), 4, "zeros around an image to crop")
-    add("--flip", bool, True, "mirror half of the images")
+    add("--student-steps", "distillation steps per epoch", count)
+    add("--student-batch", "images in a student step", number(int, 2))
+    add("--reuse", "R: times that S learns from an answer of T", count)
+    add("--mix", "share of views blended with another", number(float, 0, 1))
+    add("--lr", "of SGD, falls as a cosine over E to 2e-4", positive)
+    add("--weight-decay", "of SGD (momentum 0.9)", weight)
+    add("--nesterov", "look ahead: Nesterov's kind of momentum", bool)
+    add("--temperature", "tau: softens the answers of T and S in L_KD", positive)
+    add("--bank-size", "most images kept, the oldest give way (None: all are kept)", count)
+    add("--crop-padding", "zeros around an image to crop", number(int, 0, 28))
+    add("--flip", "mirror half of the images", bool)
 
     # Which preset? A first look at the command line finds it. Unknown flags are refused below.
     asked, _ = parser.parse_known_args(argv)
     dataset, preset = asked.dataset, asked.preset
     if dataset is None:
-        dataset = "folder" if ".py:" in asked.teacher else "digits"
+        own = asked.teacher is not None and ".py:" in asked.teacher
+        dataset = "folder" if own else "digits"
     if preset is None:
         preset = dataset if dataset in PRESETS else "cifar10"
-    defaults = vars(parser.parse_args(shlex.split(PRESETS[preset])))
-    parser.set_defaults(**defaults | dict(dataset=dataset, preset=preset))
+    flags = shlex.split(f"{PRESETS['cifar10']} {PRESETS[preset]} --dataset {dataset}")
+    parser.set_defaults(**vars(parser.parse_args(flags)) | dict(preset=preset))
     parser.add_argument("-h", "--help", action="help", help="show this and end")
     args = parser.parse_args(argv)
     if "{class}" not in args.prompt:
@@ -1083,8 +1093,8 @@ def load_teacher(args):
     names = info["class_names"] = info["class_names"] or [f"class {k}" for k in range(C)]
     check(len(names) == C, f"{len(names)} class names, but {name} has {C} outputs")
     # A resumed run must meet the same weights, wherever the file lies.
-    weights = {key: value.contiguous().clone() for key, value in teacher.state_dict().items()}
-    info["sha256"] = hashlib.sha256(safetensors.torch.save(weights)).hexdigest()
+    weights = [tensor.numpy().tobytes() for tensor in teacher.state_dict().values()]
+    info["sha256"] = hashlib.sha256(b"".join(weights)).hexdigest()
     return teacher.requires_grad_(False).eval()
 
 
@@ -1295,6 +1305,10 @@ def draw_curve(path, rows, teacher_accuracy):
 # kept: the random numbers of an epoch follow from --seed, the epoch and the rank alone [ours].
 # FREE: flags that a resumed run may change. SHOWN: columns on the console, and their formats.
 FREE = "out preset data_root device resume eval compile teacher class_names".split()
+TEACHER = "class_names channels image_size mean std".split()  # what is kept of its description
+PARTS = ["student", "optimizer"]  # of Run, whose state the checkpoint holds
+if RANKS == 1:
+    PARTS += ["generator", "noisy_layer"]  # each of several ranks has its own, and begins new ones
 SHOWN = dict(epoch="d", images="d") | dict.fromkeys([*LOSSES, "loss_kd"], ".4f")
 SHOWN |= dict(agree=".1%", accuracy=".2%", best=".2%", seconds=".1f")
 STEP = ["epoch", "batch", "step", *LOSSES, "loss"]  # of generator.csv
@@ -1378,8 +1392,7 @@ def settings_of(run):
     """What decides the numbers of a run, as json can write it: the flags, but for FREE, and what
     the teacher is, wherever its file lies."""
     settings = {key: value for key, value in vars(run.args).items() if key not in FREE}
-    for key in ("class_names", "image_size", "mean", "std", "sha256"):  # of the teacher
-        settings[key] = run.info[key]
+    settings |= {key: run.info[key] for key in (*TEACHER, "sha256")}
     return settings | dict(ranks=RANKS)
 
 
@@ -1396,22 +1409,15 @@ def save(run, images, labels):
     last = slice(-args.synthesis_batch, None)  # the epoch's last batch
     with replaced(out / f"samples/{epoch}.png") as temporary:
         draw_samples(temporary, images[last], labels[last], info["class_names"])
-    about = {key: info[key] for key in ("class_names", "channels", "image_size", "mean", "std")}
+    about = {key: info[key] for key in TEACHER}
     about |= dict(architecture=args.student, accuracy=row["accuracy"])
     about |= dict(trained_on=f"images made from {args.teacher}", command=shlex.join(sys.argv))
     save_model(out / "student.safetensors", run.student, about)
     with replaced(out / f"memory/{epoch}.pt") as temporary:
         torch.save(dict(images=images, labels=labels), temporary)
-    checkpoint = dict(
-        settings=settings_of(run),
-        rows=run.rows,
-        steps=run.steps,
-        average=run.bn_loss.average,
-        student=run.student.state_dict(),
-        optimizer=run.optimizer.state_dict(),
-        generator=run.generator.state_dict(),
-        noisy_layer=run.noisy_layer.state_dict(),
-    )
+    parts = {name: getattr(run, name).state_dict() for name in PARTS}
+    tables = dict(rows=run.rows, steps=run.steps)
+    checkpoint = dict(settings=settings_of(run), average=run.bn_loss.average) | tables | parts
     with replaced(out / "checkpoint.pt") as temporary:
         torch.save(checkpoint, temporary)
 
@@ -1434,11 +1440,8 @@ def resume(run):
         old = state["settings"]
         changed = [f"{key} {old.get(key)} -> {new[key]}" for key in new if old.get(key) != new[key]]
         check(not changed, f"{path} is of a run with other settings: {'; '.join(changed)}")
-        run.student.load_state_dict(state["student"])
-        run.optimizer.load_state_dict(state["optimizer"])
-        if RANKS == 1:  # the file has the generator of rank 0
-            run.generator.load_state_dict(state["generator"])
-            run.noisy_layer.load_state_dict(state["noisy_layer"])
+        for name in PARTS:
+            getattr(run, name).load_state_dict(state[name])
         run.bn_loss.average = state["average"]
         run.rows, run.steps = state["rows"], state["steps"]
     for row in run.rows:  # all epochs, so that the ring stands as it did
