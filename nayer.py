@@ -88,9 +88,7 @@ SHIPPED = Path(__file__).resolve().parent / "teachers"  # trained teachers, labe
 TEXT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"  # made the shipped embeddings
 HIDDEN_SIZE = 1000  # H, what Z gives to G [code]
 NOISE_SIZE = 256  # numbers per image, for --label-input noise
-SMALL = (
-    64  # pixels; larger images need a deeper generator [code]; test images are read for each pass
-)
+SMALL = 64  # pixels; for larger images G is deeper [code], and test images stay on disk
 RANK = int(os.environ.get("RANK") or 0)  # number of this process, set by torchrun
 RANKS = int(os.environ.get("WORLD_SIZE") or 1)  # how many processes it has started
 NO_BARS = True if RANK > 0 else None  # None: tqdm shows its bars on a console, but not in a pipe
@@ -452,6 +450,9 @@ def repeat(step, times):
 
 
 # ---- Half-step 1. Over G and Z, minimise alpha_ce L_CE + alpha_bn L_BN + alpha_adv L_adv ---------
+# To add a term, touch five places: its name in LOSSES; in `synthesize` its weight in the signature,
+# and its value in the sum and in the stack of `step`; in `Run.make_images` the argument; in
+# `parse_args` the flag, for example add("--alpha-tv", "weight of L_TV", weight, default=0.0).
 # Its terms, as `synthesize` stacks them: the columns of all tables and pictures follow from these.
 LOSSES = ("loss_ce", "loss_bn", "loss_adv")
 
@@ -579,7 +580,7 @@ def learning_rate(peak, progress):
 
 # ---- What the loop works on ----------------------------------------------------------------------
 def share(count):
-    """`count` batches or images divided among the ranks, rounded up."""
+    """`count` batches or images divided among the ranks, rounded up: together they may do more."""
     return math.ceil(count / RANKS)
 
 
@@ -669,14 +670,16 @@ class Run:
         return model
 
     def new_generator(self):
-        """A brand-new pair Z, G: the images of an old one come to resemble each other."""
+        """A brand-new pair Z, G: the images of an old one come to resemble each other.
+
+        --noisy-layer off: only the BatchNorm of Z is kept, and G reads D numbers in place of H."""
         args = self.args
         C, D = self.label_embeddings.shape
         hidden_size = HIDDEN_SIZE
         images_per_matrix = min(C, args.synthesis_batch)  # K: one image of each class
         num_matrices = math.ceil(args.synthesis_batch / images_per_matrix)  # N
         self.noisy_layer = NoisyLayer(D, num_matrices, images_per_matrix)
-        if args.noisy_layer == "off":  # G reads the normalised e_y: one image per class and step
+        if args.noisy_layer == "off":  # then all images of a class in a batch are the same
             self.noisy_layer = self.noisy_layer.norm
             hidden_size = D
         self.noisy_layer.to(self.device)
@@ -794,7 +797,8 @@ def main(argv=None):
 
 # ---- Flags ---------------------------------------------------------------------------------------
 def number(kind, low, high=math.inf):
-    """An argparse type: a finite number of this kind in [low, high]."""
+    """An argparse type: a finite number of this kind, int or float, in [low, high]. argparse shows
+    the error's text after the name of the flag."""
 
     def parse(text):
         value = kind(text)
@@ -807,19 +811,30 @@ def number(kind, low, high=math.inf):
     return parse
 
 
+ABOUT = """Data-free knowledge distillation by noisy-layer generation (NAYER).
+T teacher, S student, G generator, Z noisy layer, M memory of synthetic images, L_... losses."""
+USUAL = """The usual commands:
+    python nayer.py                         digits on a CPU, no download
+    python nayer.py --dataset cifar10       the published run, for a GPU
+    python nayer.py --teacher file.py:load  your own network, and no data; see README.md
+The defaults are the preset's: --help with another --dataset or --preset shows others."""
+
+
 def parse_args(argv=None):
     """The command line -> a Namespace. A wrong one ends with one line on stderr and exit code 2.
 
     The flags of the preset become the defaults, which --help shows, too; the user's flags win."""
     parser = argparse.ArgumentParser(
         "nayer.py",
-        description=__doc__.split("\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        usage="nayer.py [flags]",
+        description=ABOUT,
+        epilog=USUAL,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         add_help=False,  # until the preset is known, whose defaults it shows
     )
 
-    def refuse(message):
+    def refuse(message):  # in the place of argparse's, which prints the usage before it
         parser.exit(2, f"nayer.py: error: {message}\n")
 
     parser.error = refuse
@@ -829,6 +844,8 @@ def parse_args(argv=None):
             more["action"] = argparse.BooleanOptionalAction  # --flag and --no-flag
         else:
             more["type"] = kind
+        if "default:" not in text:
+            text += " (default: %(default)s)"
         group.add_argument(flag, help=text, **more)
 
     count, positive, weight = number(int, 1), number(float, 1e-9), number(float, 0)
@@ -836,34 +853,42 @@ def parse_args(argv=None):
     add("--dataset", "of the teacher, and to score on", choices=IMAGES)
     add("--preset", "whose defaults; cpu: the best in an hour", choices=PRESETS)
     add("--data-root", "folder of the data sets, for scoring alone", Path)
-    add("--out", "folder to write to (None: runs/<dataset>-<teacher>-<student>)", Path)
+    add("--out", "folder to write to (default: runs/<dataset>-<teacher>-<student>)", Path)
     add("--seed", "of all random numbers", number(int, 0, 2**63 - 1))
-    add("--device", "auto: cuda if it is there", choices="auto cuda mps cpu".split())
+    add(
+        "--device",
+        "where to compute; auto: cuda if it is there",
+        choices="auto cuda mps cpu".split(),
+    )
     add("--resume", "go on after the last finished epoch of the run in --out", bool)
     add("--eval", "score the student on real test images after every epoch", bool)
-    add("--agree-batches", "made before the run, for `agree` (the later half)", number(int, 0))
-    add("--amp", "bf16 autocast (None: where the device is fast with it)", bool)
+    add(
+        "--agree-batches",
+        "made before the run to judge S on, the later half of them",
+        number(int, 0),
+    )
+    add("--amp", "bf16 autocast (default: where the device is fast with it)", bool)
     add("--compile", "torch.compile for T, S and G", bool)
     group = parser.add_argument_group("networks and class names")
     add("--teacher", "T: name, model file, file.py:function")
     add("--student", "S: name, or file.py:function")
-    add("--class-names", "file with a name per line (None: those of the teacher)", Path)
+    add("--class-names", "file with a name per line (default: those of the teacher)", Path)
     add("--text-encoder", "Hugging Face name, or local folder")
-    add("--image-size", "pixels, a multiple of 4 (None: the teacher's)", number(int, 8, 224))
-    add("--mean", "per channel, as T was trained (None: its file says)", float, nargs="+")
-    add("--std", "likewise", number(float, 1e-6), nargs="+")
+    add("--image-size", "pixels, a multiple of 4 (default: the teacher's)", number(int, 8, 224))
+    add("--mean", "per channel, as T was trained (default: its file says)", float, nargs="+")
+    add("--std", "likewise (default: its file says)", number(float, 1e-6), nargs="+")
     add("--prompt", "to embed")
     group = parser.add_argument_group("loop")
     add("--warmup-epochs", "epochs that only fill M", number(int, 0))
     add("--warmup-batches", "batches synthesised in each of these", count)
-    add("--epochs", "E: epochs that follow, with distillation", count)
-    add("--batches", "likewise, in each of these", count)
+    add("--epochs", "epochs that follow, with distillation (E)", count)
+    add("--batches", "batches synthesised in each of these", count)
     group = parser.add_argument_group("generator")
-    add("--synthesis-batch", "B: images in a batch", number(int, 2))
-    add("--generator-steps", "g: steps of Z and G for a batch", count)
+    add("--synthesis-batch", "images in a batch (B)", number(int, 2))
+    add("--generator-steps", "steps of Z and G for a batch", count)
     add("--generator-lr", "of Adam, which starts afresh with every batch", positive)
     add("--generator-life", "epochs until a new generator replaces it", count)
-    add("--generator-width", "f: channels of its last hidden layer", count)
+    add("--generator-width", "channels of its last hidden layer", count)
     add("--alpha-ce", "weight of L_CE", weight)
     add("--alpha-bn", "weight of L_BN; 0 if T has no BatchNorm", weight)
     add("--alpha-adv", "weight of L_adv, off in the warm-up", weight)
@@ -874,13 +899,13 @@ def parse_args(argv=None):
     group = parser.add_argument_group("student")
     add("--student-steps", "distillation steps per epoch", count)
     add("--student-batch", "images in a student step", number(int, 2))
-    add("--reuse", "R: times that S learns from an answer of T", count)
+    add("--reuse", "times that S learns from an answer of T (R)", count)
     add("--mix", "share of views blended with another", number(float, 0, 1))
-    add("--lr", "of SGD, falls as a cosine over E to 2e-4", positive)
+    add("--lr", "of SGD, falls as a cosine over these epochs to 2e-4", positive)
     add("--weight-decay", "of SGD (momentum 0.9)", weight)
     add("--nesterov", "look ahead: Nesterov's kind of momentum", bool)
-    add("--temperature", "tau: softens the answers of T and S in L_KD", positive)
-    add("--bank-size", "most images kept, the oldest give way (None: all are kept)", count)
+    add("--temperature", "softens the answers of T and S in L_KD (tau)", positive)
+    add("--bank-size", "most images kept, the oldest give way (default: all are kept)", count)
     add("--crop-padding", "zeros around an image to crop", number(int, 0, 28))
     add("--flip", "mirror half of the images", bool)
 
@@ -907,7 +932,9 @@ def parse_args(argv=None):
 
 # ---- Networks ------------------------------------------------------------------------------------
 def conv(inputs, outputs, size, stride=1):
-    """A convolution that keeps the size of the maps, or halves it with stride 2; no bias."""
+    """A convolution that keeps the size of the maps, or halves it with stride 2; no bias.
+
+    inputs, outputs: channels. size: of the kernel, an odd number."""
     return nn.Conv2d(inputs, outputs, size, stride, padding=size // 2, bias=False)
 
 
@@ -1006,7 +1033,8 @@ def save_model(path, model, info):
 
 
 def read_safetensors(path):
-    """(tensors by name, metadata)"""
+    """(tensors by name, metadata: strings by name) of a safetensors file. UserError if it is
+    missing, cut, or something else."""
     with explained(f"{path} is not an intact safetensors file"):
         with safetensors.safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
@@ -1032,11 +1060,13 @@ def load_model(path, model=None):
 
 
 def network_from_file(place):
-    """The nn.Module that `file.py:function` returns: on the CPU, in float32, not wrapped."""
+    """The nn.Module that `file.py:function` returns: on the CPU, in float32, not wrapped.
+
+    Runs that file. UserError with the first line of the reason if anything in it fails."""
     path, _, function = place.rpartition(":")
     with explained(f"no network from {place}"):
         sys.path.insert(0, str(Path(path).resolve().parent))  # for what lies beside it
-        model = runpy.run_path(path)[function]()  # runs that file
+        model = runpy.run_path(path)[function]()
         if isinstance(model, nn.DataParallel):
             model = model.module
         check(isinstance(model, nn.Module), f"{place}: {type(model).__name__}, not an nn.Module")
@@ -1126,7 +1156,9 @@ def load_student(name, num_classes, channels, image_size):
 # ---- Images to score on: no line of this file reads a training image -----------------------------
 def image_folder(folder, channels, size):
     """torchvision's ImageFolder (a folder per class) of uint8 images (channels, size, size): they
-    are resized, cropped in the middle, and converted to gray or colour."""
+    are resized, cropped in the middle, and converted to gray or colour.
+
+    Reads nothing but names until an image is asked for. Raises an error if there is no image."""
     from torchvision import datasets
     from torchvision.transforms import v2
 
@@ -1316,19 +1348,23 @@ COLUMNS = [*SHOWN, "seconds_synthesis", "seconds_distillation", "seconds_evaluat
 
 
 def seed_epoch(seed, epoch):
-    """Seed torch from the three, hashed, so that no two epochs or ranks share random numbers."""
+    """Seed torch from the three, hashed, so that no two epochs or ranks share random numbers.
+
+    epoch: its number; -1 for the images that `agree` is read on."""
     torch.manual_seed(random.Random(repr((seed, epoch, RANK))).getrandbits(63))
 
 
 def say(text):
-    """A line on the console, of rank 0 alone."""
+    """A line on the console, of rank 0 alone. stdout has the table, stderr the bars and errors."""
     if RANK == 0:
         with tqdm.external_write_mode():  # the bars make room
             print(text, flush=True)
 
 
 def greet(run):
-    """The head of the table, and what is distilled into what."""
+    """What is distilled into what, and the head of the table.
+
+    Its columns are those of SHOWN, each nine letters wide, without the `loss_` of their names."""
     args = run.args
     bf16 = ", bf16" if args.amp else ""
     say(f"{args.dataset}: {args.teacher} -> {args.student}, {run.device}{bf16}")
@@ -1348,7 +1384,9 @@ def show(row):
 
 
 def check_finite(losses, place):
-    """UserError that names the first of the `losses`, a tensor of any shape, that is not finite."""
+    """UserError that names the first of the `losses`, a tensor of any shape, that is not finite.
+
+    place: words for the epoch, and for what each number of that one's index counts."""
     bad = (~losses.isfinite()).nonzero().tolist()
     if bad:
         raise UserError(f"a loss is not finite in {place} = {bad[0]}: lower --lr or --generator-lr")
@@ -1423,7 +1461,8 @@ def save(run, images, labels):
 
 
 def load_tensors(path, device):
-    """What torch.save wrote; runs no code from it."""
+    """What torch.save wrote, with its tensors on the device. Runs no code from the file. UserError
+    if it is missing or damaged."""
     with explained(f"{path} is not an intact file of this nayer.py"):
         return torch.load(path, map_location=device, weights_only=True)
 
@@ -1481,7 +1520,8 @@ class UserError(Exception):
 
 
 def check(condition, message):
-    """UserError(message) unless the condition holds."""
+    """UserError(message) unless the condition holds. message: one line that says what is wrong and
+    what to do."""
     if not condition:
         raise UserError(message)
 
