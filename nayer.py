@@ -492,7 +492,8 @@ def synthesize(
     def step():
         images = generator(noisy_layer(inputs))  # x^ = G(Z(e_y))
         views = augment(images)  # afresh at each step; T and S see the same
-        teacher_logits = teacher(views).float()  # in bf16, where that is fast: see Run.on_device
+        # A network may write into its input, hence the copy. In bf16 where fast: see Run.on_device.
+        teacher_logits = teacher(views.clone()).float()
         # T must say y, T's layers must see what they saw in training, S must not know it yet.
         loss_ce = F.cross_entropy(teacher_logits, labels)
         loss_bn = bn_loss() if alpha_bn else zero
@@ -529,7 +530,7 @@ def lessons(teacher, memory, augment, batch, pool, reuse, mix):
         if mix:
             views = blend(views, mix)
         with torch.no_grad():
-            logits = torch.cat([teacher(part) for part in views.split(batch)])
+            logits = torch.cat([teacher(part.clone()) for part in views.split(batch)])
         for _ in range(reuse):
             for chosen in torch.randperm(len(views), device=views.device).split(batch):
                 yield views[chosen], logits[chosen]
@@ -618,6 +619,8 @@ class Run:
         self.bn_loss = BatchNormLoss(self.teacher, args.bn_momentum)
         has_norm = self.bn_loss.layers or args.alpha_bn == 0
         check(has_norm, f"{args.teacher} has no BatchNorm2d for L_BN: add --alpha-bn 0")
+        if args.alpha_bn == 0:
+            self.bn_loss.close()  # nobody asks for it
         self.augment = Augment(info["mean"], info["std"], args.crop_padding, args.flip, self.device)
         self.optimizer = torch.optim.SGD(
             self.student.parameters(),
@@ -875,8 +878,9 @@ def parse_args(argv=None):
     add("--class-names", "file with a name per line (default: those of the teacher)", Path)
     add("--text-encoder", "Hugging Face name, or local folder")
     add("--image-size", "pixels, a multiple of 4 (default: the teacher's)", number(int, 8, 224))
-    add("--mean", "per channel, as T was trained (default: its file says)", float, nargs="+")
-    add("--std", "likewise (default: its file says)", number(float, 1e-6), nargs="+")
+    pixels = "of pixels in [0, 1], per channel, as T was trained (default: its file says)"
+    add("--mean", pixels, number(float, 0, 1), nargs="+")
+    add("--std", pixels, number(float, 1e-6, 1), nargs="+")
     add("--prompt", "to embed")
     group = parser.add_argument_group("loop")
     add("--warmup-epochs", "epochs that only fill M", number(int, 0))
@@ -1029,7 +1033,7 @@ def save_model(path, model, info):
     state = {name: t.cpu().contiguous() for name, t in model.state_dict().items()}
     metadata = {key: json.dumps(value) for key, value in info.items()}
     with replaced(path) as temporary:
-        safetensors.torch.save_file(state, temporary, metadata)
+        temporary.write_bytes(safetensors.torch.save(state, metadata))
 
 
 def read_safetensors(path):
@@ -1324,10 +1328,12 @@ def draw_curve(path, rows, teacher_accuracy):
         for column in columns:
             known = [row for row in rows if row[column] is not None]
             heights = [abs(row[column]) for row in known]
-            axes.plot([row["seconds"] for row in known], heights, ".-", label=column)
+            if known:
+                axes.plot([row["seconds"] for row in known], heights, ".-", label=column)
         axes.set_xlabel("seconds")
         axes.legend()
-    right.set(yscale="log", title="Losses, unweighted, without their signs")
+    right.set_title("Losses, unweighted, without their signs")
+    right.set_yscale("log", nonpositive="mask")  # L_adv is 0 in the warm-up
     left.figure.savefig(path, dpi=100, format="png")
 
 
@@ -1471,6 +1477,8 @@ def resume(run):
     """Go back to the checkpoint in --out, if there is one. UserError if it is damaged, or of other
     settings. On a CPU one process goes on with the same bits; several begin new generators."""
     path = run.args.out / "checkpoint.pt"
+    with explained(f"cannot write to {run.args.out}"):
+        run.args.out.mkdir(parents=True, exist_ok=True)
     if not path.exists():
         return
     check(run.args.resume, f"{path} is of a run: go on with --resume, or choose another --out")
