@@ -1330,8 +1330,8 @@ def draw_curve(path, rows, teacher_accuracy):
             heights = [abs(row[column]) for row in known]
             if known:
                 axes.plot([row["seconds"] for row in known], heights, ".-", label=column)
+                axes.legend()
         axes.set_xlabel("seconds")
-        axes.legend()
     right.set_title("Losses, unweighted, without their signs")
     right.set_yscale("log", nonpositive="mask")  # L_adv is 0 in the warm-up
     left.figure.savefig(path, dpi=100, format="png")
