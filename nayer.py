@@ -308,14 +308,15 @@ class BatchNormLoss:
     generator. Hooks read the layers' inputs, and only while gradients are recorded, so that they
     cost nothing while the student learns. Call it for the loss of the last pass, a float32 scalar;
     `.update()` moves the average, once per batch (first, sets it); `.close()` ends the hooks.
-    T must be on its device before. A layer that T does not pass adds nothing."""
+    Made when T is on its device. A layer that T's forward does not use adds nothing."""
 
     def __init__(self, teacher, momentum):
         self.momentum = momentum
         self.average = None  # over earlier batches, a vector like `stored`
         norms = [m for m in teacher.modules() if isinstance(m, nn.BatchNorm2d | nn.SyncBatchNorm)]
         self.layers = [m for m in norms if m.running_mean is not None]  # with statistics to meet
-        self.seen = [(m.running_mean, m.running_var) for m in self.layers]  # then: in the last pass
+        # mu and var of each layer: at first what T has stored, then what its last pass has seen.
+        self.seen = [(m.running_mean, m.running_var) for m in self.layers]
         self.hooks = []
         for i, layer in enumerate(self.layers):
             self.hooks.append(layer.register_forward_pre_hook(partial(self.read, i)))
