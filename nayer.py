@@ -1309,7 +1309,7 @@ def draw_samples(path, images, labels, class_names):
     columns = [torch.cat([*framed[labels == k][:height]], dim=1) for k in shown]
     picture = torch.cat(columns, dim=2).permute(1, 2, 0)  # (height, width, ch)
     axes = Figure(figsize=(0.7 * len(shown), 0.7 * height + 0.5)).subplots()
-    axes.imshow(picture.expand(-1, -1, 3), interpolation="nearest")
+    axes.imshow(picture.expand(-1, -1, 3).numpy(), interpolation="nearest")
     for i, k in enumerate(shown):
         axes.text((i + 0.5) * framed.shape[3], -2, class_names[k], rotation=45)
     axes.axis("off")

@@ -5,7 +5,6 @@ on them.
 `pytest` runs all of them on a CPU, and needs no file from elsewhere."""
 
 import ast
-import copy
 import csv
 import hashlib
 import json
@@ -263,17 +262,15 @@ def test_synthesis_follows_the_method_written_out_plainly(monkeypatch):
         student.classifier.weight.data *= 3
     average = None
 
-    for batch in range(3):
+    for _ in range(3):
         parts.noisy_layer.reinitialize()
         plain.noisy_layer.load_state_dict(parts.noisy_layer.state_dict())
-        _, found = synthesis(parts, steps=6, lr=1e-3, alpha_bn=0.1)
+        _, found = synthesis(parts, steps=6, lr=0.03, alpha_bn=0.1)
         parts.bn_loss.update()
-        expected, average = plain_synthesis(plain, average, steps=6, lr=1e-3)
+        expected, average = plain_synthesis(plain, average, steps=6, lr=0.03)
 
-        assert_close(found, expected, atol=1e-4, rtol=1e-3)
+        assert_close(found, expected, atol=1e-5, rtol=3e-5)
         assert (found[:, 2] < 0).all()
-        if batch == 0:
-            assert_close(found[0], expected[0], atol=1e-6, rtol=1e-5)
     for found, expected in [(parts.generator, plain.generator), (parts.student, plain.student)]:
         assert_close(found.state_dict(), expected.state_dict(), atol=1e-4, rtol=1e-3)
     assert not any(parameter.requires_grad for parameter in parts.student.parameters())
@@ -284,7 +281,7 @@ def test_synthesis_follows_the_method_written_out_plainly(monkeypatch):
 def test_distillation_follows_the_method_written_out_plainly(tau, bank):
     parts = ingredients()
     teacher = parts.teacher
-    plain = copy.deepcopy(parts.student)
+    plain = ingredients().student
     seen = inputs_of(parts.student)
 
     losses = distillation(parts, bank, temperature=tau)
@@ -320,6 +317,7 @@ def test_bn_loss_reads_the_layers_that_the_teacher_passes_and_ends_with_close():
 
     plain = bn_loss_of_two_passes(teacher)
     teacher[0].skipped = nn.BatchNorm2d(7)
+    teacher[0].skipped.running_mean += 1
     found = bn_loss_of_two_passes(teacher)
 
     assert_close(found, plain)
@@ -370,6 +368,41 @@ def test_synthesis_skips_terms_of_weight_0():
     assert (losses[:, 0] > 0).all()
 
 
+class Halved(nn.Module):
+    """A network that reads half of each pixel, and may halve its input itself."""
+
+    def __init__(self, network, writes):
+        super().__init__()
+        self.network = network
+        self.writes = writes
+
+    def forward(self, images):
+        halved = images.mul_(0.5) if self.writes else images * 0.5
+        return self.network(halved)
+
+
+@pytest.mark.parametrize("role", ["teacher", "student"])
+def test_a_network_may_write_into_its_input(role, bank):
+    found = []
+
+    for writes in (False, True):
+        parts = ingredients()
+        setattr(parts, role, Halved(getattr(parts, role), writes))
+        torch.manual_seed(4)
+        images, losses = synthesis(parts)
+        found.append([images, losses, distillation(parts, bank)])
+
+    assert_same(*found)
+
+
+def test_no_layer_is_read_for_an_l_bn_of_weight_0(tmp_path):
+    flags = f"--alpha-bn 0 --no-eval --device cpu --out {tmp_path}"
+
+    run = nayer.Run(nayer.parse_args(flags.split()))
+
+    assert not any(layer._forward_pre_hooks for layer in run.teacher.modules())
+
+
 def test_a_compiled_teacher_is_one_graph_and_gives_the_same_losses():
     _, plain = synthesis(ingredients())
     parts = ingredients()
@@ -377,7 +410,7 @@ def test_a_compiled_teacher_is_one_graph_and_gives_the_same_losses():
 
     _, losses = synthesis(parts)
 
-    assert_close(losses, plain, atol=1e-3, rtol=1e-3)
+    assert_close(losses, plain, atol=1e-5, rtol=3e-5)
 
 
 def test_the_images_kept_are_those_of_the_best_step_without_augmentation():
@@ -450,7 +483,7 @@ def test_memory_bank_is_a_ring_of_bytes():
 
     bank.add(shades(*range(7)))
     assert len(bank) == 7
-    assert set(bank.sample(500).flatten().tolist()) == set(range(7))
+    assert bank.sample(500).unique().tolist() == list(range(7))
 
     bank.add(shades(*range(7, 12)))  # 0 and 1 give way to 10 and 11
     assert len(bank) == 10
@@ -562,7 +595,7 @@ def test_the_held_out_digits_are_500_that_no_teacher_was_trained_on():
     known = {image.numpy().tobytes() for image, _ in pairs}
     assert len(pairs) == 1297
     assert len(images) == 500
-    assert set(labels.tolist()) == set(range(10))
+    assert len(labels.unique()) == 10
     assert not any(image.numpy().tobytes() in known for image in images)
 
 
@@ -597,7 +630,6 @@ def test_lte_of_a_bert_is_the_masked_mean_of_its_hidden_states(bert):
     model = BertModel.from_pretrained(bert).eval()
     texts = [[2, 4, 5, 6, 7, 3], [2, 4, 5, 6, 8, 9, 3]]  # each alone; "_" is a space
     hidden = [model(torch.tensor([text])).last_hidden_state[0].mean(0) for text in texts]
-    assert found.dtype == torch.float32
     assert_close(found, torch.stack(hidden), atol=1e-5, rtol=1e-4)
 
 
@@ -903,7 +935,7 @@ PRESETS = |def label_text_embeddings(|class NoisyLayer(|class Generator(|class B
 class MemoryBank:|def synthesize(|def distill(|class Run:|def main(|# Here the method ends
 def parse_args(|def build_model(
 """
-CAPS = {"nayer.py": 9400, "test_nayer.py": 12000}  # tokens
+CAPS = {"nayer.py": 10400, "test_nayer.py": 14500}  # tokens
 
 
 def test_the_project_keeps_its_shape():
@@ -924,7 +956,7 @@ def test_the_project_keeps_its_shape():
         assert sum(tokens.values()) <= cap
 
 
-@pytest.mark.parametrize("path", [*HERE.glob("*.py"), *HERE.glob("[rt]e*/*.py")])
+@pytest.mark.parametrize("path", [*HERE.glob("*.py"), *HERE.glob("*/*.py")])
 def test_every_program_is_formatted_and_in_short_functions(path):
     source = path.read_text()
 
@@ -951,7 +983,7 @@ def end_of(out):
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
-    out = tmp_path_factory.mktemp("runs") / "straight"
+    out = tmp_path_factory.mktemp("straight")
     distil(out)
     return out
 
@@ -966,7 +998,7 @@ def test_a_run_writes_what_it_promises(straight):
 
     assert [row["epoch"] for row in log] == [0, 1, 2, 3]
     assert [row["images"] for row in log] == [26, 39, 52, 65]
-    assert log[0]["accuracy"] is log[0]["seconds_distillation"] is None
+    assert log[0]["accuracy"] is log[0]["agree"] is log[0]["seconds_distillation"] is None
     accuracies = [row["accuracy"] for row in log[1:]]
     assert summary["student_accuracy"] == accuracies[-1]
     assert summary["best_accuracy"] == max(accuracies)
@@ -985,6 +1017,7 @@ def test_a_run_writes_what_it_promises(straight):
         assert len(saved["images"]) == len(saved["labels"]) == count
         assert Image.open(out / f"samples/epoch_00{epoch}.png").width > 500
     assert Image.open(out / "curve.png").size == (1000, 400)
+    assert (out / "student.safetensors").stat().st_mode == (out / "log.csv").stat().st_mode
 
 
 def test_the_picture_has_a_column_per_class_under_its_name(tmp_path, monkeypatch):
@@ -1015,12 +1048,13 @@ def test_the_student_is_scored_and_judged_as_it_was_saved_and_can_teach(straight
     images = torch.load(straight / "agree.pt", weights_only=True)["images"]
     augment = nayer.Augment([0.3052], [0.3185], 0, False)
 
+    right = right_answers(student)
     agree = nayer.agreement(nayer.load_model(DIGITS), student, images, augment)
     further = distil(tmp_path, f"{SHORT} --eval --teacher {straight}/student.safetensors")
 
     assert len(images) == 13
     assert summary["agree"] == pytest.approx(agree)
-    assert summary["student_accuracy"] == pytest.approx(right_answers(student))
+    assert summary["student_accuracy"] == pytest.approx(right)
     assert summary["student_accuracy"] == pytest.approx(further["teacher_accuracy"])
 
 
@@ -1039,7 +1073,7 @@ def test_no_real_image_is_needed(straight, tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def short(tmp_path_factory):
-    out = tmp_path_factory.mktemp("runs") / "short"
+    out = tmp_path_factory.mktemp("short")
     distil(out, SHORT)
     return student_of(out)
 
@@ -1049,6 +1083,7 @@ SWITCHES = """
 --label-input noise
 --noisy-layer fixed
 --noisy-layer off
+--generator-life 1
 --bank-size 5
 --flip
 --alpha-bn 0 --alpha-adv 0
@@ -1063,11 +1098,16 @@ SWITCHES = """
 
 @pytest.mark.parametrize("flags", SWITCHES.strip().splitlines())
 def test_every_switch_makes_another_student(flags, short, tmp_path):
-    summary = distil(tmp_path, f"{SHORT} {flags}")
+    distil(tmp_path, f"{SHORT} {flags}")
 
-    assert summary["images"] == (5 if "bank" in flags else 26)
     student = student_of(tmp_path)
     assert any(not torch.equal(student[key], short[key]) for key in short)
+
+
+def test_the_images_for_agree_change_no_student(short, tmp_path):
+    distil(tmp_path, f"{SHORT} --agree-batches 1")
+
+    assert_same(student_of(tmp_path), short)
 
 
 OWN_NETWORKS = """
@@ -1139,9 +1179,7 @@ def test_a_teacher_from_a_file(flags, classes, own, tmp_path):
     assert not any(layer.training for layer in teacher.modules())
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
     assert summary["settings"]["dataset"] == "folder"
-    log = rows(tmp_path / "log.csv")
-    assert log[0]["agree"] is None
-    assert 0 <= log[1]["agree"] == summary["agree"] <= 1
+    assert 0 <= summary["agree"] <= 1
     assert student.info["class_names"] == names.read_text().splitlines()
     image = torch.zeros(1, student.info["channels"], args.image_size, args.image_size)
     assert student(image).shape == (1, int(classes))
@@ -1334,7 +1372,6 @@ def test_torchrun_shares_the_student_and_the_bank_and_resumes(tmp_path):
     assert log[:1] == first
     assert [row["images"] for row in log] == [26, 52, 78]
     assert log[-1]["loss_kd"] > 0
-    assert len(rows(out / "generator.csv")) == 3 * 2
     assert_same(state["student"], student_of(out))
     for epoch in range(3):  # two batches of 13 an epoch, one for each rank
         images = torch.load(out / f"memory/epoch_00{epoch}.pt", weights_only=True)["images"]
@@ -1376,6 +1413,7 @@ def test_a_teacher_counts_by_its_weights_alone(little, tmp_path):
     distil(out, f"{little} --teacher {teacher} --resume")
     error = complaint(f"{TINY} {little} --teacher {DIGITS} --resume --out {out}")
 
+    assert rows(out / "log.csv")[-1]["images"] == 20  # of 26, by --bank-size
     assert "sha256" in error
     about = "architecture class_names channels image_size mean std accuracy trained_on command"
     info = nayer.load_model(out / "student.safetensors").info
@@ -1460,6 +1498,8 @@ WRONG_FLAGS = """
 --seed 99999999999999999999  | --seed
 --lr 0                       | --lr
 --std 0                      | --std
+--std 58.395                 | --std
+--mean 123.675               | --mean
 --bank-size 0                | --bank-size
 --image-size 18              | multiple of 4
 --label-input words          | --label-input
@@ -1684,7 +1724,7 @@ def test_large_images_are_read_for_each_pass_and_change_no_student(folder, tmp_p
     path = tmp_path / "t.safetensors"
     train_teacher(folder, path, "--image-size 72 --epochs 1 --mean .4 .4 .4 --std .3 .3 .3")
     flags = f"--dataset folder --data-root {folder} --teacher {path} --label-input onehot "
-    flags += "--synthesis-batch 4 --epochs 2 --agree-batches 0"
+    flags += "--synthesis-batch 4 --epochs 2 --agree-batches 0 --student-steps 1"
 
     scored = distil(tmp_path / "eval", flags)
     distil(tmp_path / "blind", f"{flags} --no-eval")
