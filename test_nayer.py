@@ -8,6 +8,7 @@ import ast
 import csv
 import hashlib
 import json
+import math
 import os
 import re
 import shlex
@@ -17,7 +18,9 @@ import subprocess
 import sys
 import time
 import tokenize
+from functools import partial
 from pathlib import Path
+from string import Template
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -26,6 +29,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import load_file
 from torch.distributions import Categorical, kl_divergence
 from torch.testing import assert_close
 
@@ -34,6 +38,8 @@ import nayer
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE / "teachers"), str(HERE / "results")]
 import ablations  # noqa: E402
+import exercises  # noqa: E402
+import figures  # noqa: E402
 import train  # noqa: E402
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may wait for a hub
@@ -796,7 +802,8 @@ def test_every_command_of_the_readme_and_of_the_ablations_is_accepted():
     assert len(commands) > 4
 
     for program, flags in commands:
-        sys.modules[program].parse_args(shlex.split(flags.replace("$seed", "1")))
+        first = Template(flags).substitute(seed=0, input="lte", layer="reinit", alpha=0)  # of loops
+        sys.modules[program].parse_args(shlex.split(first))
     for variants, budget, _ in ablations.PLAN.values():
         for variant in variants.values():
             nayer.parse_args(f"{budget} {variant.split('+')[0]}".split())
@@ -1024,10 +1031,10 @@ def test_the_picture_has_a_column_per_class_under_its_name(tmp_path, monkeypatch
     from matplotlib.figure import Figure
 
     monkeypatch.undo()  # the quick pictures
-    figures = []
+    drawn = []
 
     def keep(figure, path, **look):
-        figures.append(figure)
+        drawn.append(figure)
 
     monkeypatch.setattr(Figure, "savefig", keep)
     labels = torch.tensor([0, 1, 2, 0, 1, 2, 0])
@@ -1035,7 +1042,7 @@ def test_the_picture_has_a_column_per_class_under_its_name(tmp_path, monkeypatch
 
     nayer.draw_samples(tmp_path / "s.png", images, labels, ["red", "green", "blue"])
 
-    axes = figures[0].axes[0]
+    axes = drawn[0].axes[0]
     grid = axes.images[0].get_array()[:, :, 0]
     columns = [int(text.get_position()[0]) for text in axes.texts]
     assert [text.get_text() for text in axes.texts] == ["red", "green", "blue"]
@@ -1248,6 +1255,194 @@ def test_a_loss_without_a_name_ends_the_run(tmp_path):
         edited(four_places)["main"](flags.split())
 
 
+BATCHES = """
+epoch,batch,step,loss_ce,loss
+0,0,0,50,9
+0,0,1,50,8
+0,1,0,5,5
+0,1,1,1,3
+1,0,0,7,1
+1,0,1,3,4
+"""
+
+
+def test_the_numbers_of_a_run_follow_their_definitions(straight, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(straight, run)
+    (run / "generator.csv").write_text(BATCHES.strip())
+    log = rows(run / "log.csv")
+
+    figures.numbers(str(run))
+    found = figures.measured(run)
+
+    shown = capsys.readouterr().out
+    assert all(number.meaning in shown for number in figures.NUMBERS)
+    assert figures.curve(run) == [6, 2]  # without the run's first batch
+    assert found["best_is_last"] == 2
+    assert found["batches"] == 3
+    assert found["images"] == 65
+    assert found["accuracy"] == 100 * log[-1]["accuracy"]
+    seconds = sum(row["seconds_synthesis"] for row in log)
+    assert found["generator_step"] == pytest.approx(seconds / 6)
+    assert f"| {found['accuracy']:.2f} |" in shown
+
+
+def test_diversity_is_the_mean_distance_within_a_class(straight):
+    teacher, augment = figures.teacher_of(straight)
+    layer = inputs_of(teacher.classifier)
+    means = []
+
+    found = figures.diversity(straight)
+
+    for path in sorted((straight / "memory").iterdir()):
+        made = torch.load(path)
+        for images, labels in zip(made["images"].split(13), made["labels"].split(13)):
+            teacher(augment.normalize(images / 255))
+            groups = [layer[-1][labels == k] for k in range(10)]
+            means.append(torch.cat([F.pdist(group) for group in groups]).mean())
+    assert found == pytest.approx(torch.stack(means).mean().item(), rel=1e-4)
+
+
+def test_groups_of_runs_are_compared_in_pairs_of_a_seed(tmp_path, monkeypatch, capsys):
+    accuracies = dict(a=[90, 92, 94, 50], b=[93, 94, 98])
+    for word, values in accuracies.items():
+        for seed in range(len(values)):
+            (tmp_path / f"{word}-{9 - seed}").mkdir()
+
+    def measured(run):
+        word, number = run.name.split("-")
+        seed = 9 - int(number)
+        row = dict.fromkeys([number.key for number in figures.NUMBERS], 1.0)
+        return row | dict(seed=seed, accuracy=accuracies[word][seed])
+
+    monkeypatch.setattr(figures, "measured", measured)
+
+    figures.compare(f"a={tmp_path}/a-*", f"b={tmp_path}/b-*")
+
+    shown = capsys.readouterr().out
+    assert "seeds [3] are left out" in shown
+    assert "| a | 92.0 ± 2.0 |  |  |" in shown
+    assert "| b | 95.0 ± 2.6 | +3.0 [+0.5, +5.5] | better |" in shown  # 3 ± 4.303 / sqrt(3)
+    with pytest.raises(nayer.UserError, match="no run"):
+        figures.compare(f"a={tmp_path}/c-*")
+
+
+def test_a_preset_is_counted(tmp_path):
+    with figures.Operations() as operations:
+        (torch.ones(2, 2) + 1).view(4)
+
+    found = figures.needs("--dataset digits --student wrn10_1 --generator-width 4", tmp_path)
+
+    assert operations.count == 2
+    assert found[0] == "1,600"
+    assert found[1] == "0.4"  # of 256 bytes
+    assert found[4:6] == ("160", "512")
+    assert int(found[6]) > int(found[7]) > 50
+
+
+THIRTY_LINES = """
+teacher = WideResNet(16, 2, 10, channels=1)
+teacher.load_state_dict(load_file("teachers/digits_wrn16_2.safetensors"))
+teacher.eval().requires_grad_(False)
+student = WideResNet(16, 1, 10, channels=1)
+sgd = torch.optim.SGD(student.parameters(), lr=0.1, momentum=0.9)
+augment = Augment([0.3052], [0.3185], padding=1, flip=False)
+bn_loss = BatchNormLoss(teacher, momentum=0.9)
+M = MemoryBank(1000, channels=1, image_size=16)
+y = class_sets(10, 100)
+e_y = load_file("teachers/label_embeddings.safetensors")["digits"].float()[y]
+Z = NoisyLayer(384, num_matrices=10, images_per_matrix=10)
+G = Generator(1000, channels=1, image_size=16, width=32)
+right = []
+for batch in range(8):
+    Z.reinitialize()
+    adam = torch.optim.Adam([*Z.parameters(), *G.parameters()], lr=4e-3, betas=(0.5, 0.999))
+    for step in range(10):
+        images = G(Z(e_y))
+        loss = F.cross_entropy(teacher(augment(images)), y) + 3 * bn_loss()
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+    bn_loss.update()
+    M.add((images.detach() * 255).round().byte())
+    right.append((teacher(augment.normalize(images)).argmax(1) == y).float().mean())
+for step in range(100):
+    views = augment(M.sample(64) / 255)
+    loss = distillation_loss(student(views), teacher(views), temperature=20.0)
+    sgd.zero_grad()
+    loss.backward()
+    sgd.step()
+"""
+
+
+def test_thirty_lines_and_copied_parts_distil_the_digits(monkeypatch):
+    monkeypatch.chdir(HERE)
+    exercise = re.search("Write the loop yourself.*?`safetensors", BOTH, re.S)[0]
+    wanted = re.findall(r"`(\w+)`", exercise)
+    space = dict(torch=torch, nn=nn, F=F, math=math, partial=partial, load_file=load_file)
+    for node in ast.parse(readme("nayer.py")).body:
+        name = getattr(node, "name", None)
+        if isinstance(node, ast.Assign):
+            name = node.targets[0].id
+        if name in wanted:
+            exec(ast.unparse(node), space)
+    torch.manual_seed(0)
+    short = THIRTY_LINES.replace("range(8)", "range(4)").replace("range(100)", "range(40)")
+    short = short.replace("class_sets(10, 100)", "class_sets(10, 50)")
+
+    exec(short, space)
+
+    assert space["right"][0] < 0.4 < space["right"][-1]  # first T's statistics, then its classes
+    assert right_answers(space["student"].eval()) > 0.2  # a tenth by chance
+
+
+def test_the_exercises_edit_what_is_there():
+    source = readme("nayer.py")
+
+    for old, new in exercises.EDITS.values():
+        assert source.count(old) == 1
+        ast.parse(source.replace(old, new))
+    ast.parse(source.replace(exercises.LOSS, exercises.LOSS + exercises.GRADIENTS))
+    assert source.count("images_per_matrix = min(C, args.synthesis_batch)") == 1
+
+
+PYTHON = """#!/bin/sh
+echo "$@" >> calls.txt
+while [ $# -gt 0 ]; do
+    if [ "$1" = --out ]; then touch "$2"; fi
+    shift
+done
+"""
+
+
+def test_published_sh_trains_a_teacher_once_and_ends_with_the_comparison(tmp_path):
+    (tmp_path / "python").write_text(PYTHON)
+    (tmp_path / "python").chmod(0o755)
+    space = os.environ | dict(PATH=f"{tmp_path}:{os.environ['PATH']}")
+    flags = "--epochs 300 --out . -- --no-amp"
+    script = ["bash", HERE / "results/published.sh"]
+
+    def calls(*more):
+        command = [*script, "--pairs", "t:a t:b", "--seeds", "0 1", *more, *flags.split()]
+        subprocess.run(command, cwd=tmp_path, env=space, check=True)
+        lines = (tmp_path / "calls.txt").read_text().splitlines()
+        (tmp_path / "calls.txt").unlink()
+        return [line.partition("/../")[2] for line in lines]
+
+    first = calls()
+    again = calls()
+    shared = calls("--teacher", "./t.safetensors")
+
+    assert first[0].startswith("teachers/train.py --dataset cifar10 --model t --out ./t.safeten")
+    assert first[1:] == again == shared
+    assert sum("nayer.py" in line for line in again) == 4
+    assert "--student b --epochs 300 --seed 1 --out ./t-b/1 --resume --no-amp" in again[3]
+    assert again[4] == "results/figures.py compare t to a=./t-a/* t to b=./t-b/*"
+    refused = subprocess.run([*script, "--seed", "1"], capture_output=True, text=True)
+    assert refused.returncode == 2
+    assert len(refused.stderr.splitlines()) == 1
+
+
 # ---- What goes wrong: runs that are stopped ------------------------------------------------------
 @pytest.fixture(scope="module")
 def little(tmp_path_factory):
@@ -1328,6 +1523,8 @@ def test_a_real_kill_and_a_full_disk(straight, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("signum, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_stopped_run_says_how_to_go_on(signum, code, capsys):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by a job in the background
+
     def stopped():
         os.kill(os.getpid(), signum)
         time.sleep(5)
@@ -1652,7 +1849,8 @@ def test_a_folder_trains_a_teacher_that_distils(folder, tmp_path, capsys):
 
     teacher = train_teacher(folder, path, "--image-size 16 --epochs 12")
     sides = re.findall(r"(\d+) px", capsys.readouterr().out)
-    further = train_teacher(folder, tmp_path / "u", f"--image-size 16 --epochs 2 --init {path}")
+    again = f"--image-size 16 --epochs 2 --init {path}"
+    further = train_teacher(folder, tmp_path / "u.safetensors", again)
     own = f"--dataset folder --data-root {folder} --teacher {path} --label-input onehot"
     summary = distil(tmp_path / "run", own)
 
@@ -1772,3 +1970,65 @@ def test_cifar_that_is_not_there_says_where_it_belongs(tmp_path, monkeypatch):
 
     with pytest.raises(nayer.UserError, match="cifar-10-batches-py is missing or damaged"):
         nayer.test_batches("cifar10", tmp_path, None, 3, 32, "cpu")
+
+
+WRONG_TRAINING = """
+--mean 0.5 0.5                                  | --mean
+--dataset folder --image-size 16 --std 1        | --std
+--out teacher                                   | .safetensors
+--channels 3                                    | --channels
+--image-size 20                                 | --image-size
+--model my.py:net                               | --model
+--as name                                       | --embed-labels
+"""
+
+
+@pytest.mark.parametrize("flags, words", table(WRONG_TRAINING))
+def test_a_wrong_training_is_refused_at_once(flags, words, capsys):
+    with pytest.raises(SystemExit) as end:
+        train.main(flags.split())
+
+    error = capsys.readouterr().err.strip()
+    assert end.value.code == 2
+    assert words in error
+    assert len(error.splitlines()) == 1
+
+
+def test_train_overwrites_nothing_and_is_done_when_it_is_done(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "training_images", None)  # nothing is trained
+    path = tmp_path / "t.safetensors"
+    shutil.copy(DIGITS, path)
+    other = tmp_path / "u.safetensors"
+    (tmp_path / "u.checkpoint.pt").write_text("unfinished")
+
+    train.main(["--out", str(path), "--resume"])
+
+    assert "is trained" in capsys.readouterr().out
+    assert "exists" in complaint(f"--out {path}", train.main)
+    assert "wrn16_2" in complaint(f"--out {path} --resume --model wrn10_1", train.main)
+    assert "add --resume" in complaint(f"--out {other}", train.main)
+    assert path.read_bytes() == DIGITS.read_bytes()
+
+
+def test_the_help_of_train_shows_its_examples_and_defaults(capsys):
+    with pytest.raises(SystemExit):
+        train.main(["--help"])
+
+    shown = capsys.readouterr().out
+    assert train.__doc__.strip() in shown
+    assert "(default: 256)" in shown
+
+
+def test_embeddings_are_computed_anew_under_the_name_of_their_encoder(bert, tmp_path):
+    path = tmp_path / "labels.safetensors"
+    flags = f"--embed-labels {bert} --out {path}"
+
+    train.main([*flags.split(), "--as", "small/bert"])
+
+    found, about = nayer.read_safetensors(path)
+    encoder, prompt, names = json.loads(about["cifar10"])
+    assert encoder == "small/bert"
+    assert_same(found["cifar10"], nayer.label_text_embeddings(names, bert, prompt).half())
+    assert "exists" in complaint(flags, train.main)
+    known = f"--embed-labels {nayer.TEXT_ENCODER} --out {tmp_path}/new.safetensors"
+    assert "no text encoder" in complaint(known, train.main)  # and not a copy of what is shipped

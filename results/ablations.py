@@ -100,7 +100,7 @@ FILES = dict(
     mixing="ablations_mixing.csv",
 )
 SCORED = ("digits", "cifar10")
-STEPS = (5, 10, 20)  # of a batch, whose L_CE is a column, if a batch has so many
+MEASURED = ("accuracy", "ce_5", "ce_10", "ce_20", "diversity", "seconds")  # figures.NUMBERS
 
 
 # ---- Patches: variants that no flag of nayer.py makes --------------------------------------------
@@ -243,45 +243,6 @@ def patched(name, seed, clip):
 
 
 # ---- What is measured of a run -------------------------------------------------------------------
-def last_linear(teacher):
-    layers = [layer for layer in teacher.modules() if isinstance(layer, nn.Linear)]
-    return layers[-1]
-
-
-@torch.no_grad()
-def diversity(action, run):
-    """How much images of one class in a batch differ: the mean Euclidean distance between two of
-    them, taken between the inputs of the teacher's last linear layer, mean over all batches."""
-    teacher, augment = bring(action)
-    seen = []  # inputs of that layer, pass after pass
-
-    def see(layer, inputs):
-        seen.append(inputs[0].flatten(1))
-
-    last_linear(teacher).register_forward_pre_hook(see)
-    batch = int(figures.settings(run)["synthesis_batch"])
-    means = []
-    for epoch in figures.epochs(run):
-        images, labels = figures.made(run, epoch)
-        for x, y in zip(images.split(batch), labels.split(batch)):
-            teacher(augment.normalize(x / 255))
-            features = seen[-1]
-            pairs = (y[:, None] == y).triu(1)  # each pair of one class once
-            if pairs.any():
-                means.append(torch.cdist(features, features)[pairs].mean().item())
-    return statistics.fmean(means) if means else nan
-
-
-def curve(run):
-    """L_CE by step: the mean over all batches but the run's first one."""
-    steps = {}
-    for row in figures.learnt(run / "generator.csv"):
-        first_batch = row["epoch"] == "0" and row["batch"] == "0"
-        if not first_batch:
-            steps.setdefault(int(row["step"]), []).append(float(row["loss_ce"]))
-    return [statistics.fmean(steps[step]) for step in sorted(steps)]
-
-
 @functools.cache
 def test_images(data):
     """All of CIFAR-10's, decoded once for all runs, which have none themselves."""
@@ -290,22 +251,14 @@ def test_images(data):
     return nayer.test_batches("folder", data, names, 3, 32, torch.device("cpu")), augment
 
 
-def measure(action, run, data):
-    """A row of the table."""
-    last = figures.read(run / "log.csv")[-1]
-    accuracy = last["accuracy"]
-    if accuracy == "":
+def measure(run, data):
+    """A row of the table. What was not measured is left out."""
+    found = figures.measured(run)
+    if isnan(found["accuracy"]):
         batches, augment = test_images(data)
         student = nayer.load_model(run / "student.safetensors")
-        accuracy = nayer.accuracy(student, batches, augment)
-    row = dict(accuracy=100 * float(accuracy))
-    losses = curve(run)
-    for step in STEPS:
-        if step <= len(losses):
-            row[f"ce_{step}"] = losses[step - 1]
-    row["diversity"] = diversity(action, run)
-    row["seconds"] = float(last["seconds"])
-    return row
+        found["accuracy"] = 100 * nayer.accuracy(student, batches, augment)
+    return {key: found[key] for key in MEASURED if not isnan(found[key])}
 
 
 # ---- The runs ------------------------------------------------------------------------------------
@@ -326,7 +279,7 @@ def work(action, variant, seed, data, clip):
         with open(out / "console.txt", "a") as console, contextlib.redirect_stdout(console):
             with patched(change, seed, clip):
                 nayer.main(command)
-    return measure(action, out, data)
+    return measure(out, data)
 
 
 def run_all(action, args):
@@ -464,16 +417,12 @@ SCORES = {
 }
 
 
-def column(rows, key):
-    return [float(row[key] or "nan") for row in rows]
-
-
 def ranks(rows, key):
     """Spearman's rank correlation of a score with the accuracy; L_KD counts backwards."""
-    accuracies = column(rows, "accuracy")
+    accuracies = figures.column(rows, "accuracy")
     if len(set(accuracies)) == 1:
         return nan  # no ranks to compare
-    correlation = stats.spearmanr(column(rows, key), accuracies).statistic
+    correlation = stats.spearmanr(figures.column(rows, key), accuracies).statistic
     if key.startswith("kd"):
         return -correlation
     return correlation
@@ -486,7 +435,8 @@ def draw_scores():
         for axes, key in zip(line, SCORES):  # the first three
             for number, (variant, rows) in enumerate(complete(action).items()):
                 marker = "." if number < 10 else "x"
-                axes.plot(column(rows, key), column(rows, "accuracy"), marker, label=variant)
+                accuracies = figures.column(rows, "accuracy")
+                axes.plot(figures.column(rows, key), accuracies, marker, label=variant)
             rho = ranks(found.values(), key)
             axes.set_title(f"{action}: Spearman {rho:.2f}")
             axes.set_xlabel(SCORES[key].replace(" on ", ", %, on\n").replace(" (column agree)", ""))
@@ -504,7 +454,8 @@ def draw_convergence():
         for variant in CIFAR10:  # what Z reads
             if variant not in there:
                 continue
-            curves = [curve(place(action, variant, seed)) for seed in range(len(there[variant]))]
+            runs = [place(action, variant, seed) for seed in range(len(there[variant]))]
+            curves = [figures.curve(run) for run in runs]
             mean = [statistics.fmean(values) for values in zip(*curves)]
             axes.plot(range(1, len(mean) + 1), mean, ".-", label=variant)
         axes.set(xlabel="generator step within a batch", ylabel="L_CE", yscale="log", title=action)
@@ -521,103 +472,33 @@ def scores(args):
 
 
 # ---- Tables --------------------------------------------------------------------------------------
-def interval(values):
-    """(mean, half of the 95 % confidence interval of the mean) by Student's t."""
-    n = len(values)
-    half = stats.t.ppf(0.975, n - 1) * statistics.stdev(values) / n**0.5
-    return statistics.fmean(values), half
-
-
-def mean_and_interval(values):
-    """As text; nothing where nothing was measured."""
-    if isnan(values[0]):
-        return ""
-    mean, half = interval(values)
-    return f"{mean:.3g} ± {half:.2g}"
-
-
-def difference(values, default, form):
-    """(the ends of the interval of the mean paired difference; mean and interval as text)"""
-    mean, half = interval([a - b for a, b in zip(values, default)])
-    low = mean - half
-    high = mean + half
-    return low, high, f"{mean:{form}} [{low:{form}}, {high:{form}}]"
-
-
-def verdict(low, high):
-    """What may be said of a difference whose interval is this."""
-    if high < 0:
-        return "worse"
-    if low > 0:
-        return "better"
-    return f"no difference seen, smaller than {max(-low, high):.1f}"
-
-
-def print_row(*cells):
-    print("|", " | ".join(cells), "|")
-
-
-def report_accuracy(action, variants):
-    seeds = PLAN[action].seeds
-    print()
-    print_row(f"{action}, {seeds} seeds", "accuracy, %", "difference to the default", "verdict")
-    print("|---" * 4 + "|")
-    default = column(variants["default"], "accuracy")
-    for variant, rows in variants.items():
-        values = column(rows, "accuracy")
-        accuracy = f"{statistics.fmean(values):.1f} ± {statistics.stdev(values):.1f}"
-        if variant == "default":
-            print_row(variant, accuracy, "", "")
-        else:
-            low, high, words = difference(values, default, "+.1f")
-            print_row(variant, accuracy, words, verdict(low, high))
-
-
-def report_convergence(variants):
-    default = variants["default"]
-    steps = [step for step in STEPS if default[0].get(f"ce_{step}")]
-    heads = [f"L_CE at step {step}" for step in steps]
-    print()
-    print_row("variant", "diversity", *heads, "at 10, less the default's")
-    print("|---" * (len(steps) + 3) + "|")
-    for variant, rows in variants.items():
-        cells = []
-        for key in ("diversity", *(f"ce_{step}" for step in steps)):
-            values = column(rows, key)
-            cells.append(mean_and_interval(values))
-        words = ""
-        values = column(rows, "ce_10")
-        if variant != "default" and not isnan(values[0]):
-            _, _, words = difference(values, column(default, "ce_10"), "+.2f")
-        print_row(variant, *cells, words)
-
-
 def report_scores(action, variants):
     found = read(FILES[action])
     students = list(found.values())
     usual = [row for (variant, _), row in found.items() if variant not in FLOOR_AND_CEILING]
     heads = ("all runs", "without floor and ceiling", "within a variant", "off by, points")
     print()
-    print_row("score without data", *heads)
+    figures.print_row("score without data", *heads)
     print("|---" * 5 + "|")
     for key, words in SCORES.items():
         inside = torch.tensor([ranks(rows, key) for rows in variants.values()])
         inside = inside.nanmean()  # nan: all seeds of a variant are equally accurate
         off = ""
         if key.startswith("agree"):
-            pairs = zip(column(usual, key), column(usual, "accuracy"))
+            pairs = zip(figures.column(usual, key), figures.column(usual, "accuracy"))
             off = f"{statistics.fmean(abs(agree - accuracy) for agree, accuracy in pairs):.1f}"
         correlations = (ranks(students, key), ranks(usual, key), inside)
-        print_row(words, *(f"{value:.2f}" for value in correlations), off)
+        figures.print_row(words, *(f"{value:.2f}" for value in correlations), off)
 
 
 def report(args):
     for action in PLAN:
         variants = complete(action)
         nayer.check("default" in variants, f"first run: python results/ablations.py {action}")
-        report_accuracy(action, variants)
+        title = f"{action}, {PLAN[action].seeds} seeds"
+        figures.print_accuracies(title, variants, "the default")
         if action in SCORED:  # mixing leaves the generator as it is
-            report_convergence(variants)
+            figures.print_convergence(variants, "the default")
             if "agree_fresh" in variants["default"][0]:
                 report_scores(action, variants)
 

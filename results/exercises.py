@@ -1,27 +1,40 @@
-"""The two exercises that edit nayer.py (results/README.md): python results/exercises.py
+"""The exercises that edit nayer.py (results/README.md): python results/exercises.py ACTION
 
-Each edit is made in a copy of nayer.py, which then distils the digits with seeds 0 to 2, beside the
-copy without an edit. A row per run goes to results/exercises.csv.
+edits      4 and 5, beside nayer.py as it is (results/exercises.csv)
+gradients  2: how large those of L_CE and L_BN over the weights of G are, mean over the steps of all
+           batches but the first (results/exercises_gradients.csv)
+
+Each edit is made in a copy of nayer.py, in runs/exercises/, which distils the digits with seeds 0
+to 2.
 """
 
 import csv
 import json
+import re
 import shutil
+import statistics
 import subprocess
 import sys
 from pathlib import Path
 
+import ablations
 import figures
 
 ROOT = Path(__file__).resolve().parent.parent
 KEEP = "torch.where(better, images.detach(), best_images)"
 LOSS = "loss = alpha_ce * loss_ce + alpha_bn * loss_bn + alpha_adv * loss_adv"
 VARIATION = "(images[..., 1:] - images[..., :-1]).abs().mean()"
+GRADIENTS = """
+        for term in (alpha_ce * loss_ce, alpha_bn * loss_bn):
+            slopes = torch.autograd.grad(term, list(generator.parameters()), retain_graph=True)
+            print("gradient", sum(slope.square().sum() for slope in slopes).sqrt().item())"""
 EDITS = {  # exercise: (the text of nayer.py, what takes its place)
     "as it is": (KEEP, KEEP),
     "4: keep the last step's images": (KEEP, "images.detach()"),
     "5: add the total variation, weight 50": (LOSS, f"{LOSS} + 50 * {VARIATION}"),
 }
+SEEDS = range(3)
+BALANCES = ("", "--bn-momentum 0", "--bn-momentum 0 --alpha-bn 0.3")
 
 
 def edited_copy(folder, old, new):
@@ -33,45 +46,56 @@ def edited_copy(folder, old, new):
     shutil.copytree(ROOT / "teachers", folder / "teachers", dirs_exist_ok=True)
 
 
-def best_is_last(run):
-    """(batches in which the last step has the lowest loss, all batches)"""
-    batches = {}
-    for row in figures.learnt(run / "generator.csv"):
-        batch = (row["epoch"], row["batch"])
-        batches.setdefault(batch, []).append(float(row["loss"]))
-    count = 0
-    for losses in batches.values():
-        if losses[-1] == min(losses):
-            count += 1
-    return count, len(batches)
+def distil(folder, flags):
+    """Run the nayer.py in `folder`. Returns what it printed."""
+    command = [sys.executable, "nayer.py", *flags.split()]
+    done = subprocess.run(command, cwd=folder, check=True, stdout=subprocess.PIPE, text=True)
+    return done.stdout
 
 
-def measure(folder, seed):
-    """What the table shows of one run of the nayer.py in `folder`."""
-    out = folder / str(seed)
-    command = [sys.executable, "nayer.py", "--seed", str(seed), "--out", str(out), "--resume"]
-    subprocess.run(command, cwd=folder, check=True)
-    summary = json.loads((out / "summary.json").read_text())
-    count, batches = best_is_last(out)
-    return dict(
-        accuracy=round(100 * summary["student_accuracy"], 2),
-        best_is_last=count,
-        batches=batches,
-    )
-
-
-def main():
-    rows = []
-    for number, (name, (old, new)) in enumerate(EDITS.items()):
-        folder = ROOT / f"runs/exercises/{number}"
-        edited_copy(folder, old, new)
-        for seed in range(3):
-            rows.append(dict(exercise=name, seed=seed) | measure(folder, seed))
-    with open(ROOT / "results/exercises.csv", "w", newline="") as file:
+def write(name, rows):
+    with open(ROOT / "results" / name, "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
 
 
+def edits():
+    rows = []
+    for number, (name, (old, new)) in enumerate(EDITS.items()):
+        folder = ROOT / f"runs/exercises/{number}"
+        edited_copy(folder, old, new)
+        for seed in SEEDS:
+            run = folder / str(seed)
+            distil(folder, f"--seed {seed} --out {seed} --resume")
+            summary = json.loads((run / "summary.json").read_text())
+            accuracy = round(100 * summary["student_accuracy"], 2)
+            count, batches = figures.best_is_last(run)
+            row = dict(exercise=name, seed=seed, accuracy=accuracy)
+            rows.append(row | dict(best_is_last=count, batches=batches))
+    write("exercises.csv", rows)
+
+
+def gradients():
+    folder = ROOT / "runs/exercises/gradients"
+    shutil.rmtree(folder, ignore_errors=True)  # of a stopped run not all is printed
+    edited_copy(folder, LOSS, LOSS + GRADIENTS)
+    rows = []
+    for number, flags in enumerate(BALANCES):
+        for seed in SEEDS:
+            out = f"--seed {seed} --out {number}_{seed} --agree-batches 0 --no-eval"
+            printed = distil(folder, f"{ablations.CUT} {flags} {out}")
+            sizes = [float(text) for text in re.findall("gradient (.*)", printed)]
+            steps = 20  # of the first batch, for which L_BN has no average yet
+            of_ce = statistics.fmean(sizes[2 * steps :: 2])
+            of_bn = statistics.fmean(sizes[2 * steps + 1 :: 2])
+            row = dict(flags=flags, seed=seed, ce=f"{of_ce:.4g}", bn=f"{of_bn:.4g}")
+            rows.append(row | dict(ratio=f"{of_bn / of_ce:.4g}"))
+            write("exercises_gradients.csv", rows)
+
+
 if __name__ == "__main__":
-    main()
+    actions = dict(edits=edits, gradients=gradients)
+    if len(sys.argv) != 2 or sys.argv[1] not in actions:
+        sys.exit(__doc__)
+    actions[sys.argv[1]]()

@@ -6,19 +6,32 @@ similarities RUN    RUN/label_embeddings.png: cosine similarity of the class nam
 parts OUT RUN ...   OUT: one class's images in the last epoch of each run, a row per run
 diagram RUN OUT     OUT: the method on one picture, with the images of RUN's last two batches
 minutes OUT W=RUN ...  OUT: accuracy against minutes of several runs, each with words W
-published DIR T:S ...  DIR/<T>-<S>/ are runs of published.sh: the table of their accuracies
+numbers RUN ...     what the tables and exercises speak of, and what is meant by it
+compare W=RUNS ...  the same for groups of runs, each with a word W: mean and deviation over seeds,
+                    and the difference to the first group, paired by seed. RUNS is a pattern, such
+                    as "runs/lte-*", which the program expands
+counts              what each preset needs, counted: images, bytes, steps, operations
 """
 
+import contextlib
 import csv
+import glob
 import json
+import statistics
 import sys
+import tempfile
+from math import isnan, nan
 from pathlib import Path
 from typing import NamedTuple
+from unittest.mock import patch
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from scipy import stats
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.utils import make_grid
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -31,9 +44,14 @@ def read(path):
         return list(csv.DictReader(file))
 
 
+def summary_of(run):
+    path = run / "summary.json"
+    nayer.check(path.exists(), f"{run} holds no finished run: there is no {path}")
+    return json.loads(path.read_text())
+
+
 def settings(run):
-    summary = json.loads((run / "summary.json").read_text())
-    return summary["settings"]
+    return summary_of(run)["settings"]
 
 
 def class_names(run):
@@ -337,28 +355,462 @@ def minutes(out, *runs):
     axes.figure.savefig(out, dpi=100)
 
 
-def published(folder, *pairs):
-    """Pairs without a finished run show a dash."""
-    summaries = []
-    for pair in pairs:
-        path = Path(folder) / pair.replace(":", "-") / "summary.json"
-        summary = {}
-        if path.exists():
-            summary = json.loads(path.read_text())
-        summaries.append(summary)
-    print("| |", " | ".join(pairs).replace(":", " → "), "|")
-    print("|---" * (len(pairs) + 1) + "|")
-    lines = (
-        ("teacher, %", "teacher_accuracy", 100),
-        ("student, last epoch, %", "student_accuracy", 100),
-        ("hours of the run", "seconds", 1 / 3600),
-    )
-    for name, key, scale in lines:
+# ---- Numbers of one run --------------------------------------------------------------------------
+STEPS = (5, 10, 20)  # of a batch, counted from 1, whose L_CE is told if a batch has so many
+
+
+class Number(NamedTuple):
+    key: str
+    head: str
+    form: str
+    meaning: str
+
+
+NUMBERS = (
+    Number("accuracy", "accuracy, %", ".2f", "of the real test images, after the last epoch"),
+    Number(
+        "agree", "agree, %", ".2f", "images of agree.pt on which S names the class that T names"
+    ),
+    Number(
+        "ce_5", "L_CE at step 5", ".3g", "in a batch, mean over all batches but the run's first"
+    ),
+    Number("ce_10", "at step 10", ".3g", "likewise"),
+    Number("ce_20", "at step 20", ".3g", "likewise"),
+    Number(
+        "diversity",
+        "diversity",
+        ".3g",
+        "mean distance of two images of one class in a batch, as T's last linear layer reads them",
+    ),
+    Number("right_1", "T right, batch 1", ".0f", "% of the first batch that T names as asked for"),
+    Number("right_2", "T right, batch 2", ".0f", "% of the second batch"),
+    Number("best_is_last", "best is last", ".0f", "batches whose last step has the lowest loss"),
+    Number("batches", "batches", ".0f", "of all these, without those for `agree`"),
+    Number("images", "images", ".0f", "in M at the end"),
+    Number("generator_step", "s a step of G", ".4f", "seconds of synthesis by generator steps"),
+    Number("student_step", "s a step of S", ".4f", "seconds of distillation by student steps"),
+    Number("seconds", "seconds", ".1f", "of the run, without imports and start"),
+)
+
+
+def curve(run):
+    """L_CE by step: the mean over all batches but the run's first one, for which L_BN has no
+    average yet."""
+    steps = {}
+    for row in learnt(run / "generator.csv"):
+        first_batch = row["epoch"] == "0" and row["batch"] == "0"
+        if not first_batch:
+            steps.setdefault(int(row["step"]), []).append(float(row["loss_ce"]))
+    return [statistics.fmean(steps[step]) for step in sorted(steps)]
+
+
+def best_is_last(run):
+    """(batches in which the last step has the lowest loss, all batches)"""
+    batches = {}
+    for row in learnt(run / "generator.csv"):
+        batch = (row["epoch"], row["batch"])
+        batches.setdefault(batch, []).append(float(row["loss"]))
+    count = 0
+    for losses in batches.values():
+        if losses[-1] == min(losses):
+            count += 1
+    return count, len(batches)
+
+
+def teacher_of(run):
+    """(T as the run read it, what prepares images for it, both on the fastest device)"""
+    about = settings(run)
+    name = summary_of(run).get("teacher", about.get("teacher"))
+    flags = ["--dataset", about["dataset"], "--teacher", name, "--label-input", "onehot"]
+    args = nayer.parse_args(flags)
+    for key in ("image_size", "mean", "std"):
+        setattr(args, key, about[key])
+    teacher = nayer.load_teacher(args)
+    info = teacher.info
+    nayer.check(info["sha256"] == about["sha256"], f"{name} is not the teacher of {run}")
+    device, _ = nayer.pick_device("auto")
+    return teacher.to(device), nayer.Augment(info["mean"], info["std"], 0, False, device)
+
+
+def batches_of(run, epoch, device):
+    """The batches of an epoch: images, float in [0, 1], and their labels."""
+    batch = int(settings(run)["synthesis_batch"])
+    images, labels = made(run, epoch)
+    for x, y in zip(images.split(batch), labels.split(batch)):
+        yield x.to(device) / 255, y.to(device)
+
+
+@torch.no_grad()
+def diversity(run):
+    """How much images of one class in a batch differ: the mean Euclidean distance between two of
+    them, taken between the inputs of the teacher's last linear layer, mean over all batches."""
+    teacher, augment = teacher_of(run)
+    linear = [layer for layer in teacher.modules() if isinstance(layer, nn.Linear)]
+    if not linear:
+        return nan
+    seen = []  # inputs of the last one, in T's last pass
+
+    def see(layer, inputs):
+        seen[:] = [inputs[0].flatten(1)]
+
+    linear[-1].register_forward_pre_hook(see)
+    means = []
+    for epoch in epochs(run):
+        for x, y in batches_of(run, epoch, augment.mean.device):
+            teacher(augment.normalize(x))
+            features = seen[0]
+            pairs = (y[:, None] == y).triu(1)  # each pair of one class once
+            if pairs.any():
+                means.append(torch.cdist(features, features)[pairs].mean().item())
+    return statistics.fmean(means) if means else nan
+
+
+@torch.no_grad()
+def right_answers(run):
+    """Of each batch of the run's first epoch: on how many images, in %, T names the class that was
+    asked for."""
+    teacher, augment = teacher_of(run)
+    found = []
+    for x, y in batches_of(run, 0, augment.mean.device):
+        right = teacher(augment.normalize(x)).argmax(1) == y
+        found.append(100 * right.float().mean().item())
+    return found
+
+
+def seconds_in(run, half):
+    """Of all epochs. In some of the logs in this folder, those with an epoch -1, they are running
+    totals."""
+    log = read(run / "log.csv")
+    seconds = [float(row[half] or 0) for row in log]
+    if log[0]["epoch"] == "-1":
+        return seconds[-1] - seconds[0]
+    return sum(seconds)
+
+
+def percent(cell):
+    return 100 * float(cell) if cell else nan
+
+
+def measured(run):
+    """All NUMBERS of a finished run by their keys, nan for what was not measured, and its seed."""
+    about = settings(run)
+    log = learnt(run / "log.csv")
+    last = log[-1]
+    losses = curve(run)
+    row = dict.fromkeys((number.key for number in NUMBERS), nan)
+    row["seed"] = int(about["seed"])
+    row["accuracy"] = percent(last["accuracy"])
+    row["agree"] = percent(last["agree"])
+    for step in STEPS:
+        if step <= len(losses):
+            row[f"ce_{step}"] = losses[step - 1]
+    if (run / "memory").exists():  # the runs in this folder have none
+        row["diversity"] = diversity(run)
+        right = right_answers(run)
+        row["right_1"] = right[0]
+        if len(right) > 1:
+            row["right_2"] = right[1]
+    count, batches = best_is_last(run)
+    row["best_is_last"] = count
+    row["batches"] = batches
+    row["images"] = int(last["images"])
+    generator_steps = len(learnt(run / "generator.csv"))
+    distilled = [line for line in log if line["loss_kd"]]
+    student_steps = len(distilled) * int(about["student_steps"])
+    row["generator_step"] = seconds_in(run, "seconds_synthesis") / generator_steps
+    row["student_step"] = seconds_in(run, "seconds_distillation") / student_steps
+    row["seconds"] = float(last["seconds"])
+    return row
+
+
+def print_row(*cells):
+    print("|", " | ".join(cells), "|")
+
+
+def numbers(*runs):
+    """A row for each run, and what each column means."""
+    for number in NUMBERS:
+        print(f"{number.head}: {number.meaning}")
+    print()
+    print_row("run", *(number.head for number in NUMBERS))
+    print("|---" * (len(NUMBERS) + 1) + "|")
+    for run in runs:
+        row = measured(Path(run))
         cells = []
-        for summary in summaries:
-            value = summary.get(key)
-            cells.append(f"{scale * value:.2f}" if value else "-")
-        print(f"| {name} |", " | ".join(cells), "|")
+        for number in NUMBERS:
+            value = row[number.key]
+            cells.append("" if isnan(value) else format(value, number.form))
+        print_row(run, *cells)
+
+
+# ---- Groups of runs, compared --------------------------------------------------------------------
+# In what follows, `groups` is {word: its rows, seed after seed}, all of the same seeds. The first
+# one is what the others are compared with; `first` is what a heading calls it.
+def column(rows, key):
+    """Floats; nan for an empty cell."""
+    values = []
+    for row in rows:
+        value = row.get(key, "")
+        values.append(nan if value == "" else float(value))
+    return values
+
+
+def interval(values):
+    """(mean, half of the 95 % confidence interval of the mean) by Student's t. The half is nan for
+    a single value, which has no interval; both are where a value was not measured."""
+    n = len(values)
+    mean = statistics.fmean(values)
+    if n == 1 or isnan(mean):
+        return mean, nan
+    return mean, stats.t.ppf(0.975, n - 1) * statistics.stdev(values) / n**0.5
+
+
+def mean_and_interval(values):
+    """As text; nothing where nothing was measured."""
+    mean, half = interval(values)
+    if isnan(mean):
+        return ""
+    if isnan(half):
+        return f"{mean:.3g}"
+    return f"{mean:.3g} ± {half:.2g}"
+
+
+def mean_and_deviation(values, digits):
+    """As text; nothing where something was not measured."""
+    mean = statistics.fmean(values)
+    if isnan(mean):
+        return ""
+    if len(values) == 1:
+        return f"{mean:.{digits}f}"
+    return f"{mean:.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+
+
+def difference(values, reference, form):
+    """(the ends of the interval of the mean paired difference; mean and interval as text)"""
+    mean, half = interval([a - b for a, b in zip(values, reference)])
+    low = mean - half
+    high = mean + half
+    if isnan(mean):
+        return low, high, ""
+    if isnan(half):
+        return low, high, f"{mean:{form}}"
+    return low, high, f"{mean:{form}} [{low:{form}}, {high:{form}}]"
+
+
+def verdict(low, high):
+    """What may be said of a difference whose interval is this."""
+    if isnan(low):
+        return ""
+    if high < 0:
+        return "worse"
+    if low > 0:
+        return "better"
+    return f"no difference seen, smaller than {max(-low, high):.1f}"
+
+
+def print_accuracies(title, groups, first):
+    print()
+    print_row(title, "accuracy, %", f"difference to {first}", "verdict")
+    print("|---" * 4 + "|")
+    reference = None
+    for word, rows in groups.items():
+        values = column(rows, "accuracy")
+        accuracy = mean_and_deviation(values, 1)
+        if reference is None:
+            reference = values
+            print_row(word, accuracy, "", "")
+        else:
+            low, high, words = difference(values, reference, "+.1f")
+            print_row(word, accuracy, words, verdict(low, high))
+
+
+def print_convergence(groups, first):
+    reference = next(iter(groups.values()))
+    steps = [step for step in STEPS if not isnan(column(reference, f"ce_{step}")[0])]
+    heads = [f"L_CE at step {step}" for step in steps]
+    print()
+    print_row("variant", "diversity", *heads, f"at 10, less {first}'s")
+    print("|---" * (len(steps) + 3) + "|")
+    for word, rows in groups.items():
+        cells = []
+        for key in ("diversity", *(f"ce_{step}" for step in steps)):
+            values = column(rows, key)
+            cells.append(mean_and_interval(values))
+        words = ""
+        if rows is not reference:
+            values = column(rows, "ce_10")
+            _, _, words = difference(values, column(reference, "ce_10"), "+.2f")
+        print_row(word, *cells, words)
+
+
+def print_costs(groups):
+    print()
+    print_row("variant", "agree, %", "images", "s a step of G", "s a step of S", "minutes")
+    print("|---" * 6 + "|")
+    for word, rows in groups.items():
+        minutes = [seconds / 60 for seconds in column(rows, "seconds")]
+        print_row(
+            word,
+            mean_and_deviation(column(rows, "agree"), 1),
+            f"{rows[0]['images']}",
+            mean_and_deviation(column(rows, "generator_step"), 4),
+            mean_and_deviation(column(rows, "student_step"), 4),
+            mean_and_deviation(minutes, 1),
+        )
+
+
+def by_seed(text):
+    """(word, {seed: the numbers of a run}) of "word=pattern"."""
+    word, equals, pattern = text.partition("=")
+    nayer.check(equals, f"{text}: write WORD=RUNS, for example lte='runs/lte-*'")
+    paths = sorted(glob.glob(pattern))
+    nayer.check(paths, f"no run folder matches {pattern}")
+    rows = {}
+    for path in paths:
+        row = measured(Path(path))
+        seed = row["seed"]
+        nayer.check(seed not in rows, f"{word}: {path} is a second run of seed {seed}")
+        rows[seed] = row
+    return word, rows
+
+
+INTERVALS = """Accuracy, agree, seconds and minutes: mean ± standard deviation over the seeds.
+Diversity and L_CE: mean ± half of its 95 % confidence interval.
+Differences: mean over the seeds, which pair the runs, [its 95 % confidence interval]."""
+
+
+def compare(*texts):
+    """Tables of groups of runs, in which only the seeds count that all groups have."""
+    found = dict(by_seed(text) for text in texts)
+    shared = set.intersection(*(set(rows) for rows in found.values()))
+    nayer.check(shared, "there is no seed of which all groups have a run")
+    seeds = sorted(shared)
+    groups = {}
+    for word, rows in found.items():
+        groups[word] = [rows[seed] for seed in seeds]
+        left = sorted(set(rows) - shared)
+        if left:
+            print(f"{word}: seeds {left} are left out, since not all groups have them")
+    first = next(iter(groups))
+    print_accuracies(f"seeds {' '.join(map(str, seeds))}", groups, first)
+    print_convergence(groups, first)
+    print_costs(groups)
+    print(f"\n{INTERVALS}")
+
+
+# ---- What a preset needs, counted ----------------------------------------------------------------
+COUNTED = {
+    "digits": "--dataset digits",
+    "cpu": "--dataset cifar10 --preset cpu",
+    "cifar10": "--dataset cifar10",
+    "cifar10, E = 300": "--dataset cifar10 --epochs 300",
+    "cifar100": "--dataset cifar100",
+    "tiny_imagenet": "--dataset tiny_imagenet",
+}
+
+
+class Operations(TorchDispatchMode):
+    """Counts what PyTorch dispatches, but for views, which do no work: on a GPU, about a kernel
+    each."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if not function.is_view:
+            self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+def counted(half_step, counts):
+    """The half-step, which leaves in `counts` how many operations it has dispatched."""
+
+    def run(*args, **settings):
+        with Operations() as operations:
+            result = half_step(*args, **settings)
+        counts[half_step.__name__] = operations.count
+        return result
+
+    return patch.object(nayer, half_step.__name__, run)
+
+
+def untrained_teacher(args, folder):
+    """The file of a network with random weights, since not every preset's teacher is shipped."""
+    known = nayer.IMAGES[args.dataset]
+    names = json.loads((nayer.SHIPPED / "class_names.json").read_text())[args.dataset]
+    channels = len(known["mean"])
+    model = nayer.build_model(args.teacher, len(names), channels, known["image_size"])
+    info = known | dict(architecture=args.teacher, class_names=names, channels=channels)
+    path = folder / f"{args.teacher}.safetensors"
+    nayer.save_model(path, model, info)
+    return path
+
+
+def short_run(flags, out):
+    """A run whose epochs have a single batch. Returns {half-step: operations of the last one}."""
+    short = "--batches 1 --student-batch 10 --no-amp --device cpu --no-eval --agree-batches 0"
+    counts = {}
+    with contextlib.redirect_stdout(None), counted(nayer.synthesize, counts):
+        with counted(nayer.distill, counts):
+            nayer.main(f"{flags} --epochs 1 {short} --out {out}".split())
+    return counts
+
+
+def operations(flags, reuse, folder):
+    """Of a generator step and of a student step with L_adv: what another step adds to an epoch."""
+    flags += " --warmup-epochs 1 --warmup-batches 1 --synthesis-batch 10"
+    student_steps = reuse  # in which T is asked once
+    one_step = f"{flags} --generator-steps 1 --student-steps {student_steps}"
+    two_steps = f"{flags} --generator-steps 2 --student-steps {2 * student_steps}"
+    one = short_run(one_step, folder / "one")
+    two = short_run(two_steps, folder / "two")
+    generator_step = two["synthesize"] - one["synthesize"]
+    student_step = (two["distill"] - one["distill"]) / student_steps
+    return generator_step, student_step
+
+
+def needs(flags, folder):
+    """The row of a preset."""
+    args = nayer.parse_args(flags.split())
+    flags += f" --teacher {untrained_teacher(args, folder)}"
+    generator_step, student_step = operations(flags, args.reuse, folder)
+    run = folder / "run"  # with a batch of the usual size
+    short_run(f"{flags} --warmup-epochs 0 --generator-steps 1 --student-steps 1", run)
+    batches = args.warmup_epochs * args.warmup_batches + args.epochs * args.batches
+    images = batches * args.synthesis_batch
+    one_batch, _ = made(run, 0)
+    bytes_in_memory = images * one_batch[0].numel()
+    bytes_on_disk = batches * (run / "memory/epoch_000.pt").stat().st_size
+    return (
+        f"{images:,}",
+        f"{bytes_in_memory / 1e6:,.1f}",
+        f"{bytes_on_disk / 1e6:,.1f}",
+        f"{(run / 'checkpoint.pt').stat().st_size / 1e6:,.1f}",
+        f"{batches * args.generator_steps:,}",
+        f"{args.epochs * args.student_steps:,}",
+        f"{generator_step:,}",
+        f"{student_step:,.0f}",
+    )
+
+
+def counts():
+    """A row for each preset."""
+    print_row(
+        "preset",
+        "images",
+        "M, MB",
+        "memory/, MB",
+        "checkpoint, MB",
+        "steps of G",
+        "of S",
+        "operations a step of G",
+        "of S",
+    )
+    print("|---" * 9 + "|")
+    for name, flags in COUNTED.items():
+        with tempfile.TemporaryDirectory() as folder:
+            print_row(name, *needs(flags, Path(folder)))
 
 
 ACTIONS = dict(
@@ -367,11 +819,19 @@ ACTIONS = dict(
     parts=parts,
     diagram=diagram,
     minutes=minutes,
-    published=published,
+    numbers=numbers,
+    compare=compare,
+    counts=counts,
 )
 
-if __name__ == "__main__":
-    if len(sys.argv) < 3 or sys.argv[1] not in ACTIONS:
+
+def main():
+    action = ACTIONS.get(" ".join(sys.argv[1:2]))
+    wanted = 0 if action is counts else 1
+    if action is None or len(sys.argv[2:]) < wanted:
         sys.exit(__doc__)
-    action = ACTIONS[sys.argv[1]]
     action(*sys.argv[2:])
+
+
+if __name__ == "__main__":
+    nayer.run_script(main)

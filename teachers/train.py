@@ -1,18 +1,23 @@
-"""Train a teacher on real images and write it as one self-describing model file.
+r"""Train a teacher on real images and write it as one self-describing model file.
 
-    python teachers/train.py --dataset digits --model wrn16_2       the shipped teacher of digits
-    python teachers/train.py --dataset cifar10 --model resnet34     the paper's: 200 epochs
-    python teachers/train.py --dataset cifar10 --model wrn40_2 --epochs 30           a short recipe
-    python teachers/train.py --dataset cifar10 --model wrn40_2 --epochs 12 --init F  a second cycle
-    python teachers/train.py --embed-labels sentence-transformers/all-MiniLM-L6-v2
+    python teachers/train.py --dataset digits --model wrn16_2 --out digits.safetensors
+    python teachers/train.py --dataset cifar10 --model resnet34
+    python teachers/train.py --dataset cifar10 --model wrn40_2 --epochs 30 --out first.safetensors
+    python teachers/train.py --dataset cifar10 --model wrn40_2 --epochs 12 \
+        --init first.safetensors --out second.safetensors
+    python teachers/train.py --embed-labels openai/clip-vit-base-patch32 --out labels.safetensors
 
 Without --epochs: the recipe of the paper's teachers (200 epochs of SGD from 0.1, cosine, batch 256,
 weight decay 5e-4). With --epochs N: a one-cycle recipe that is strong when short (peak 0.25,
 Nesterov; the images grow from 5/8 of their size to all of it during the first 60 % of the epochs,
 which saves a quarter of the time). With --init FILE as well: a further cycle from the weights in
-that model file (peak 0.1, images in full size from the start). The last command trains nothing: it
-writes the embeddings of the class names in class_names.json to label_embeddings.safetensors, with
-each data set's prompt.
+that model file (peak 0.1, images in full size from the start).
+
+No file is overwritten. A training that was stopped goes on with the same command and --resume; when
+it has ended, --resume says so and does nothing.
+
+The last line trains nothing. It embeds the names in class_names.json with each data set's prompt.
+nayer.py looks up such embeddings in teachers/label_embeddings.safetensors.
 
 Images of up to 64 pixels are decoded once and kept on the device, larger ones are streamed. Nothing
 else in the project reads a training image.
@@ -27,6 +32,7 @@ import shlex
 import sys
 import time
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -42,41 +48,56 @@ sys.path.insert(0, str(HERE.parent))
 import nayer  # noqa: E402
 
 PUBLISHED_EPOCHS = 200
-FREE = ("out", "resume", "device", "data_root", "trained_on")  # settings that change no number
+FREE = "out resume device data_root trained_on embed_labels encoder".split()  # change no number
 
 
 # ---- Flags ---------------------------------------------------------------------------------------
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(prog="train.py", description="Train a teacher on real images.")
+    """The command line -> a Namespace. A wrong one ends with one line on stderr and exit code 2."""
+    parser = argparse.ArgumentParser(
+        "train.py",
+        usage="train.py [flags]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
 
     def refuse(message):
         parser.exit(2, f"train.py: error: {message}\n")
 
     parser.error = refuse
-    add = parser.add_argument
+
+    def add(flag, text, **more):
+        if "default:" not in text:
+            text += " (default: %(default)s)"
+        parser.add_argument(flag, help=text, **more)
+
     count = nayer.number(int, 1)
-    add("--dataset", choices=nayer.IMAGES, default="digits")
-    add("--data-root", type=Path, default=Path("data"), help="a folder has train/ and test/ in it")
-    add("--model", default="wrn16_2", help="a name that nayer.build_model knows")
-    add("--out", type=Path, help="model file (default: teachers/<dataset>_<model>.safetensors)")
-    add("--epochs", type=count, help="a short one-cycle run; without it, 200 epochs as published")
-    add("--init", type=Path, help="model file to go on from, for a further cycle of --epochs N")
-    add("--batch", type=nayer.number(int, 2), default=256)
-    add("--image-size", type=nayer.number(int, 8, 224), help="pixels, for --dataset folder")
-    add("--channels", type=int, choices=[1, 3], help="for --dataset folder (default: 3)")
-    add("--mean", type=float, nargs="+", help="per channel (default: known, or measured)")
-    add("--std", type=nayer.number(float, 1e-6), nargs="+", help="likewise")
-    add("--trained-on", help="words about the training images, kept in the model file")
-    add("--seed", type=nayer.number(int, 0), default=0)
-    add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
-    add("--resume", action="store_true", help="go on after the last finished epoch")
-    add("--embed-labels", metavar="ENCODER", help="only write label_embeddings.safetensors")
+    pixel = nayer.number(float, 0, 1)
+    add("--dataset", "images to train on", default="digits", choices=nayer.IMAGES)
+    add("--data-root", "a folder has train/ and test/ in it", default=Path("data"), type=Path)
+    add("--model", "a name that nayer.build_model knows", default="wrn16_2")
+    add("--out", "model file (default: teachers/<dataset>_<model>.safetensors)", type=Path)
+    add("--epochs", "of a one-cycle run (default: the published recipe, 200)", type=count)
+    add("--init", "model file to go on from, for a further cycle of --epochs N", type=Path)
+    add("--batch", "images in a step", default=256, type=nayer.number(int, 2))
+    add("--image-size", "pixels (default: known, but of a folder)", type=nayer.number(int, 8, 224))
+    add("--channels", "(default: known, 3 of a folder)", type=int, choices=[1, 3])
+    add("--mean", "a number per channel (default: known, or measured)", type=pixel, nargs="+")
+    add("--std", "(default: likewise)", type=nayer.number(float, 1e-6, 1), nargs="+")
+    add("--trained-on", "words about the images for the file (default: the data set's name)")
+    add("--seed", "of all random numbers", default=0, type=nayer.number(int, 0))
+    add(
+        "--device", "auto: cuda if it is there", default="auto", choices="auto cpu cuda mps".split()
+    )
+    add("--resume", "go on after the last finished epoch", action="store_true")
+    add("--embed-labels", "train nothing: a text encoder, Hugging Face name or local folder")
+    add("--as", "for --embed-labels: name to write (default: its own)", dest="encoder")
     args = parser.parse_args(argv)
-    fill_in(args, nayer.IMAGES[args.dataset])
-    if args.init and not args.epochs:
-        parser.error("--init needs --epochs N: it is a further short cycle")
-    if args.image_size is None or args.image_size % 4:
-        parser.error("--dataset folder needs --image-size, a multiple of 4")
+    known = nayer.IMAGES[args.dataset]
+    fill_in(args, known)
+    problem = what_is_wrong(args, known)
+    if problem:
+        parser.error(problem)
     return args
 
 
@@ -87,8 +108,35 @@ def fill_in(args, known):
     args.std = args.std or known.get("std")
     if args.channels is None:
         args.channels = len(known["mean"]) if known else 3
+    if args.out is None and args.embed_labels:
+        args.out = HERE / "label_embeddings.safetensors"
     if args.out is None:
         args.out = HERE / f"{args.dataset}_{args.model}.safetensors"
+
+
+def what_is_wrong(args, known):
+    """One line, or None."""
+    if args.out.suffix != ".safetensors":
+        return f"--out {args.out}: nayer.py reads a name that ends with .safetensors"
+    if args.embed_labels:
+        return None
+    if args.encoder:
+        return "--as is for --embed-labels"
+    if ".py:" in args.model:
+        return "--model takes a name that nayer.py knows: a model file has no code in it"
+    if args.init and not args.epochs:
+        return "--init needs --epochs N: it is a further short cycle"
+    if args.image_size is None or args.image_size % 4:
+        return "--dataset folder needs --image-size, a multiple of 4"
+    if known and args.image_size != known["image_size"]:
+        return f"--image-size is for --dataset folder: {args.dataset} has {known['image_size']}"
+    if known and args.channels != len(known["mean"]):
+        return f"--channels is for --dataset folder: {args.dataset} has {len(known['mean'])}"
+    for flag in ("mean", "std"):
+        values = getattr(args, flag)
+        if values and len(values) != args.channels:
+            return f"--{flag} takes one number per channel: {args.channels}"
+    return None
 
 
 # ---- Training images -----------------------------------------------------------------------------
@@ -178,17 +226,20 @@ def channel_statistics(data):
 
 
 # ---- Label embeddings ----------------------------------------------------------------------------
-def embed_labels(encoder):
+def embed_labels(args):
     """Write the embeddings that nayer.label_text_embeddings looks up first: an entry per data set,
-    and what it was made of."""
+    and what it was made of. All are computed, even those that the shipped file has."""
+    nayer.check(not args.out.exists(), f"{args.out} exists: choose another --out")
     entries = {}
     about = {}
     for dataset, names in json.loads((HERE / "class_names.json").read_text()).items():
         prompt = nayer.parse_args(["--dataset", dataset]).prompt
-        entries[dataset] = nayer.label_text_embeddings(names, encoder, prompt).half()
-        about[dataset] = json.dumps([nayer.TEXT_ENCODER, prompt, names])
-        print(f"{dataset}: {tuple(entries[dataset].shape)}, {prompt!r}")
-    with nayer.replaced(HERE / "label_embeddings.safetensors") as temporary:
+        with patch.object(nayer, "SHIPPED", HERE / "nowhere"):  # nothing is looked up
+            rows = nayer.label_text_embeddings(names, args.embed_labels, prompt)
+        entries[dataset] = rows.half()
+        about[dataset] = json.dumps([args.encoder or args.embed_labels, prompt, names])
+        print(f"{dataset}: {tuple(rows.shape)}, {prompt!r}")
+    with nayer.replaced(args.out) as temporary:
         save_file(entries, temporary, about)
 
 
@@ -233,8 +284,10 @@ def train_epoch(model, optimizer, data, steps, augment, args, epoch, epochs):
 
 
 def build_model(args, num_classes, before, device, bf16):
-    """The network to train, with random weights or with those of `before`, an earlier cycle."""
-    model = nayer.build_model(args.model, num_classes, args.channels, args.image_size)
+    """The network to train, with random weights or with those of `before`, an earlier cycle.
+
+    UserError if it does not give logits for these images in both modes, as nayer.py needs it."""
+    model = nayer.load_student(args.model, num_classes, args.channels, args.image_size)
     if before is not None:
         with nayer.explained(f"{args.init} is not a {args.model} for these images and classes"):
             model.load_state_dict(before.state_dict())
@@ -305,6 +358,22 @@ def checkpoint_path(args):
     return args.out.with_suffix(".checkpoint.pt")
 
 
+def is_finished(args):
+    """Whether --resume finds the teacher trained. UserError if something would be overwritten."""
+    if not args.out.exists():
+        checkpoint = checkpoint_path(args)
+        fresh = args.resume or not checkpoint.exists()
+        text = f"{checkpoint} is of an unfinished training: add --resume, or choose another --out"
+        nayer.check(fresh, text)
+        return False
+    nayer.check(args.resume, f"{args.out} exists: choose another --out")
+    info = nayer.load_model(args.out).info
+    model = info["architecture"]
+    nayer.check(model == args.model, f"{args.out} is a {model}: choose another --out")
+    print(f"{args.out} is trained: test accuracy {info['accuracy']:.2%}")
+    return True
+
+
 def write_teacher(args, command, model, class_names, test, augment):
     """The model file, which describes itself. Weights are stored in fp16; so those are scored."""
     model = model.half().float()
@@ -327,7 +396,9 @@ def write_teacher(args, command, model, class_names, test, augment):
 def main(argv=None):
     args = parse_args(argv)
     if args.embed_labels:
-        embed_labels(args.embed_labels)
+        embed_labels(args)
+        return
+    if is_finished(args):
         return
     torch.manual_seed(args.seed)
     device, bf16 = nayer.pick_device(args.device)
