@@ -45,7 +45,7 @@ import train  # noqa: E402
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may wait for a hub
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 torch.set_num_threads(1)  # the networks are too small for more
-DIGITS = HERE / "teachers/digits_wrn16_2.safetensors"
+DIGITS = HERE / "teachers/digits_wrn10_2.safetensors"
 NAMES = json.loads((HERE / "teachers/class_names.json").read_text())
 TINY = (
     "--warmup-epochs 1 --warmup-batches 2 --epochs 3 --synthesis-batch 13 --generator-steps 2 "
@@ -578,13 +578,13 @@ def test_a_model_file_describes_itself(tmp_path):
 
 def held_out():
     """The digits to score on, as bytes, and their labels."""
-    batches = nayer.test_batches("digits", None, None, 1, 16, "cpu")
+    batches = nayer.test_batches("digits", None, None, 1, 12, "cpu")
     return [torch.cat(part) for part in zip(*batches)]
 
 
 def right_answers(model):
     images, labels = held_out()
-    answers = model((images / 255 - 0.3052) / 0.3185).argmax(1)
+    answers = model((images / 255 - 0.3052) / 0.3222).argmax(1)
     return (answers == labels).float().mean().item()
 
 
@@ -721,8 +721,8 @@ def test_agreement_counts_equal_answers():
 # ---- The program ---------------------------------------------------------------------------------
 SETTINGS = """
 setting          digits   cifar10  cifar100 tiny_imagenet cpu
-teacher          wrn16_2  wrn40_2  wrn40_2  wrn40_2       wrn40_2
-student          wrn16_1  wrn16_2  wrn16_2  wrn16_2       wrn16_1
+teacher          wrn10_2  wrn40_2  wrn40_2  wrn40_2       wrn40_2
+student          wrn10_1  wrn16_2  wrn16_2  wrn16_2       wrn16_1
 warmup_epochs    2        20       20       20            9
 warmup_batches   4        10       10       20            6
 epochs           8        100      100      100           28
@@ -879,7 +879,7 @@ def test_the_readme_uses_the_parts_as_a_library(capsys):
     views = space["augment"].normalize(space["M"].images[:200].float() / 255)
     answers = space["teacher"](views)
     losses = []
-    for student in (space["student"], nayer.build_model("wrn16_1", 10, 1, 16)):
+    for student in (space["student"], nayer.build_model("wrn10_1", 10, 1, 12)):
         losses.append(nayer.distillation_loss(student.train()(views), answers, 20.0))
     assert len(space["M"]) == 200
     assert losses[0] < 0.7 * losses[1]  # nearer to the teacher than one that knows nothing
@@ -887,13 +887,13 @@ def test_the_readme_uses_the_parts_as_a_library(capsys):
 
 def test_the_readme_exports_a_student(straight, tmp_path, monkeypatch):
     (tmp_path / "runs").mkdir()
-    (tmp_path / "runs/digits-wrn16_2-wrn16_1").symlink_to(straight)
+    (tmp_path / "runs/digits-wrn10_2-wrn10_1").symlink_to(straight)
     monkeypatch.chdir(tmp_path)
     space = {}
 
     exec(readme_block("torch.export"), space)
 
-    image = torch.rand(1, 1, 16, 16)  # another number than the block's
+    image = torch.rand(1, 1, 12, 12)  # another number than the block's
     again = torch.export.load("student.pt2").module()
     assert_close(again(image), space["student"](image), atol=1e-4, rtol=1e-4)
 
@@ -1053,7 +1053,7 @@ def test_the_student_is_scored_and_judged_as_it_was_saved_and_can_teach(straight
     summary = json.loads((straight / "summary.json").read_text())
     student = nayer.load_model(straight / "student.safetensors")
     images = torch.load(straight / "agree.pt", weights_only=True)["images"]
-    augment = nayer.Augment([0.3052], [0.3185], 0, False)
+    augment = nayer.Augment([0.3052], [0.3222], 0, False)
 
     right = right_answers(student)
     agree = nayer.agreement(nayer.load_model(DIGITS), student, images, augment)
@@ -1335,24 +1335,24 @@ def test_a_preset_is_counted(tmp_path):
 
     assert operations.count == 2
     assert found[0] == "1,600"
-    assert found[1] == "0.4"  # of 256 bytes
+    assert found[1] == "0.2"  # of 144 bytes
     assert found[4:6] == ("160", "512")
     assert int(found[6]) > int(found[7]) > 50
 
 
 THIRTY_LINES = """
-teacher = WideResNet(16, 2, 10, channels=1)
-teacher.load_state_dict(load_file("teachers/digits_wrn16_2.safetensors"))
+teacher = WideResNet(10, 2, 10, channels=1)
+teacher.load_state_dict(load_file("teachers/digits_wrn10_2.safetensors"))
 teacher.eval().requires_grad_(False)
-student = WideResNet(16, 1, 10, channels=1)
+student = WideResNet(10, 1, 10, channels=1)
 sgd = torch.optim.SGD(student.parameters(), lr=0.1, momentum=0.9)
-augment = Augment([0.3052], [0.3185], padding=1, flip=False)
+augment = Augment([0.3052], [0.3222], padding=1, flip=False)
 bn_loss = BatchNormLoss(teacher, momentum=0.9)
-M = MemoryBank(1000, channels=1, image_size=16)
+M = MemoryBank(1000, channels=1, image_size=12)
 y = class_sets(10, 100)
 e_y = load_file("teachers/label_embeddings.safetensors")["digits"].float()[y]
 Z = NoisyLayer(384, num_matrices=10, images_per_matrix=10)
-G = Generator(1000, channels=1, image_size=16, width=32)
+G = Generator(1000, channels=1, image_size=12, width=32)
 right = []
 for batch in range(8):
     Z.reinitialize()
@@ -1777,7 +1777,7 @@ OWN {}/my.py:two                                | 10 class names, but
 OWN {}/my.py:mobile                             | 1 channels
 OWN {}/my.py:maps                               | not logits (2, classes)
 OWN {}/my.py:normless                           | --alpha-bn 0
---image-size 32                                 | digits has 16
+--image-size 32                                 | digits has 12
 --mean 0.5 0.5 0.5                              | --mean
 --class-names {}/2.txt                          | 2 class names
 --class-names {}/twice.txt                      | twice
@@ -2005,7 +2005,7 @@ def test_train_overwrites_nothing_and_is_done_when_it_is_done(tmp_path, monkeypa
 
     assert "is trained" in capsys.readouterr().out
     assert "exists" in complaint(f"--out {path}", train.main)
-    assert "wrn16_2" in complaint(f"--out {path} --resume --model wrn10_1", train.main)
+    assert "wrn10_2" in complaint(f"--out {path} --resume --model wrn10_1", train.main)
     assert "add --resume" in complaint(f"--out {other}", train.main)
     assert path.read_bytes() == DIGITS.read_bytes()
 

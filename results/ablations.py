@@ -4,7 +4,8 @@ digits   every variant below on digits, 20 seeds, with a cut budget (results/abl
 cifar10  what Z reads, on JPEG CIFAR-10, five seeds (results/ablations_cifar10.csv)
 mixing   --mix on JPEG CIFAR-10, ten seeds (results/ablations_mixing.csv)
 scores   which number that needs no data ranks the students of the first two as their accuracy does:
-         adds the candidates to both files, draws results/scores.png and results/convergence.png
+         adds the candidates to the files of those whose runs are there, draws their convergence
+         (results/convergence_ACTION.png) and results/scores.png
 report   the tables in Markdown: differences to the default, paired by seed
 
 Each run is nayer.py's own `main`, in runs/ablations/<action>/<variant>/<seed>/, without images for
@@ -446,29 +447,30 @@ def draw_scores():
     figure.savefig(ROOT / "results/scores.png", dpi=80)
 
 
-def draw_convergence():
+def draw_convergence(action):
     """The paper's measure: L_CE against the step of a batch, mean over seeds."""
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    for axes, action in zip(figure.subplots(1, 2), SCORED):
-        there = complete(action)
-        for variant in CIFAR10:  # what Z reads
-            if variant not in there:
-                continue
-            runs = [place(action, variant, seed) for seed in range(len(there[variant]))]
-            curves = [figures.curve(run) for run in runs]
-            mean = [statistics.fmean(values) for values in zip(*curves)]
-            axes.plot(range(1, len(mean) + 1), mean, ".-", label=variant)
-        axes.set(xlabel="generator step within a batch", ylabel="L_CE", yscale="log", title=action)
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=7)
-    figure.savefig(ROOT / "results/convergence.png", dpi=90)
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    there = complete(action)
+    for variant in CIFAR10:  # what Z reads
+        if variant not in there:
+            continue
+        runs = [place(action, variant, seed) for seed in range(len(there[variant]))]
+        curves = [figures.curve(run) for run in runs]
+        mean = [statistics.fmean(values) for values in zip(*curves)]
+        axes.plot(range(1, len(mean) + 1), mean, ".-", label=variant)
+    axes.set(xlabel="generator step within a batch", ylabel="L_CE", yscale="log", title=action)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7)
+    figure.savefig(ROOT / f"results/convergence_{action}.png", dpi=90)
 
 
 def scores(args):
     for action in SCORED:
-        score(action)
+        if (ROOT / "runs/ablations" / action).exists():
+            score(action)
+            draw_convergence(action)
     draw_scores()
-    draw_convergence()
 
 
 # ---- Tables --------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 r"""Train a teacher on real images and write it as one self-describing model file.
 
-    python teachers/train.py --dataset digits --model wrn16_2 --out digits.safetensors
+    python teachers/train.py --dataset digits --model wrn10_2 --out digits.safetensors
     python teachers/train.py --dataset cifar10 --model resnet34
     python teachers/train.py --dataset cifar10 --model wrn40_2 --epochs 30 --out first.safetensors
     python teachers/train.py --dataset cifar10 --model wrn40_2 --epochs 12 \
@@ -75,7 +75,7 @@ def parse_args(argv=None):
     pixel = nayer.number(float, 0, 1)
     add("--dataset", "images to train on", default="digits", choices=nayer.IMAGES)
     add("--data-root", "a folder has train/ and test/ in it", default=Path("data"), type=Path)
-    add("--model", "a name that nayer.build_model knows", default="wrn16_2")
+    add("--model", "a name that nayer.build_model knows", default="wrn10_2")
     add("--out", "model file (default: teachers/<dataset>_<model>.safetensors)", type=Path)
     add("--epochs", "of a one-cycle run (default: the published recipe, 200)", type=count)
     add("--init", "model file to go on from, for a further cycle of --epochs N", type=Path)
@@ -147,7 +147,7 @@ def training_digits():
         pixels, labels, test_size=500, stratify=labels, random_state=0
     )
     images = torch.tensor(pixels).float().view(-1, 1, 8, 8) * (255 / 16)
-    images = F.interpolate(images, size=16, mode="bilinear").round().byte()
+    images = F.interpolate(images, size=12, mode="bilinear").round().byte()
     return list(zip(images, labels.tolist()))
 
 
