@@ -79,7 +79,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from tqdm import tqdm
+from tqdm.auto import tqdm  # in a notebook: its kind of bar
 
 # What only some runs need is imported where it is used, since importing it takes seconds:
 # torchvision, matplotlib, scikit-learn, transformers.
@@ -126,7 +126,7 @@ PRESETS = dict(
     digits=(
         "--teacher wrn10_2 --student wrn10_1 --prompt 'a photo of the digit {class}' "
         "--warmup-epochs 2 --warmup-batches 4 --epochs 8 --batches 1 "
-        "--synthesis-batch 100 --generator-steps 8 --generator-width 32 "
+        "--synthesis-batch 100 --generator-steps 10 --generator-width 32 "
         "--alpha-ce 1 --alpha-bn 3 --alpha-adv 0.2 "
         "--student-steps 96 --student-batch 64 --reuse 4 --weight-decay 5e-4 --nesterov "
         "--crop-padding 1 --no-flip --agree-batches 4"
@@ -739,6 +739,7 @@ def main(argv=None):
     argv: a list of flags; None: those of the command line. Raises UserError for what the user can
     put right. All is written to --out after every epoch, so nothing finished is ever lost."""
     args = parse_args(argv)
+    say(f"{args.dataset}: {args.teacher} -> {args.student}")
     run = Run(args)
     greet(run)
     start = time.perf_counter()
@@ -1268,18 +1269,22 @@ def agreement(teacher, student, images, augment):
 
 def agreement_images(run):
     """Images for the column `agree` [ours], uint8: made before the first epoch, without L_adv, by a
-    generator of their own, which is thrown away. S never meets them, nor their like."""
+    generator of their own, which is thrown away. S never meets them, nor their like. The earlier
+    half of them is left out, and those that T takes for another class than the one asked for."""
     batches, path = run.args.agree_batches, run.args.out / "agree.pt"
     if batches == 0:
-        return None
+        return []
     if run.rows:  # of a run that goes on
         return load_tensors(path, run.device)["images"]
     seed_epoch(run.args.seed, -1)
     run.new_generator()
-    images, _, losses = run.make_images(batches, alpha_adv=0.0)
+    images, labels, losses = run.make_images(batches, alpha_adv=0.0)
     check_finite(losses, "the images for `agree`, [batch, step, loss]")
     run.bn_loss.average = None  # the run itself begins without one
-    images = images[len(images) // 2 :]  # the earlier are poor
+    half = len(images) // 2
+    images, labels = images[half:], labels[half:]
+    answers = run.teacher(run.augment.normalize(images.float() / 255)).argmax(1)
+    images = images[answers == labels]
     if RANK == 0:
         with replaced(path) as temporary:
             torch.save(dict(images=images.cpu()), temporary)
@@ -1288,13 +1293,11 @@ def agreement_images(run):
 
 def score(run, row):
     """Fill the columns `agree`, `accuracy` and `best` of the row, the last of run.rows."""
-    began = time.perf_counter()
-    if run.agreement_images is not None:
+    if len(run.agreement_images) > 0:
         row["agree"] = agreement(run.teacher, run.student, run.agreement_images, run.augment)
     if run.test:
         row["accuracy"] = accuracy(run.student, run.test, run.augment)
-        row["best"] = max(r["accuracy"] for r in run.rows if r["accuracy"] is not None)
-    row["seconds_evaluation"] = time.perf_counter() - began
+        row["best"] = max(r["accuracy"] or 0.0 for r in run.rows)
 
 
 def draw_samples(path, images, labels, class_names):
@@ -1317,15 +1320,16 @@ def draw_samples(path, images, labels, class_names):
 
 
 def draw_curve(path, rows, teacher_accuracy):
-    """Against seconds: test accuracy, with the teacher's as a line; the unweighted losses.
+    """Against seconds: test accuracy, with the teacher's as a line; `agree`, which is no accuracy;
+    the unweighted losses.
 
     rows: those of log.csv, dicts. teacher_accuracy: in [0, 1], or None."""
     from matplotlib.figure import Figure
 
-    left, right = Figure(figsize=(10, 4), layout="constrained").subplots(1, 2)
+    panels = Figure(figsize=(12, 4), layout="constrained").subplots(1, 3)
     if teacher_accuracy is not None:
-        left.axhline(teacher_accuracy, color="gray", linestyle="--", label="teacher")
-    for axes, columns in ((left, ["accuracy", "agree"]), (right, [*LOSSES, "loss_kd"])):
+        panels[0].axhline(teacher_accuracy, color="gray", linestyle="--", label="teacher")
+    for axes, columns in zip(panels, (["accuracy"], ["agree"], [*LOSSES, "loss_kd"])):
         for column in columns:
             known = [row for row in rows if row[column] is not None]
             heights = [abs(row[column]) for row in known]
@@ -1333,9 +1337,8 @@ def draw_curve(path, rows, teacher_accuracy):
                 axes.plot([row["seconds"] for row in known], heights, ".-", label=column)
                 axes.legend()
         axes.set_xlabel("seconds")
-    right.set_title("Losses, unweighted, without their signs")
-    right.set_yscale("log", nonpositive="mask")  # L_adv is 0 in the warm-up
-    left.figure.savefig(path, dpi=100, format="png")
+    panels[2].set_yscale("log", nonpositive="mask")  # L_adv is 0 in the warm-up
+    axes.figure.savefig(path, dpi=100, format="png")
 
 
 # ---- The files of a run --------------------------------------------------------------------------
@@ -1351,7 +1354,7 @@ if RANKS == 1:
 SHOWN = dict(epoch="d", images="d") | dict.fromkeys([*LOSSES, "loss_kd"], ".4f")
 SHOWN |= dict(agree=".1%", accuracy=".2%", best=".2%", seconds=".1f")
 STEP = ["epoch", "batch", "step", *LOSSES, "loss"]  # of generator.csv
-COLUMNS = [*SHOWN, "seconds_synthesis", "seconds_distillation", "seconds_evaluation"]  # of log.csv
+COLUMNS = [*SHOWN, "seconds_synthesis", "seconds_distillation"]  # of log.csv
 
 
 def seed_epoch(seed, epoch):
@@ -1369,13 +1372,13 @@ def say(text):
 
 
 def greet(run):
-    """What is distilled into what, and the head of the table.
+    """Where it is computed and written, and the head of the table.
 
     Its columns are those of SHOWN, each nine letters wide, without the `loss_` of their names."""
     args = run.args
-    bf16 = ", bf16" if args.amp else ""
-    say(f"{args.dataset}: {args.teacher} -> {args.student}, {run.device}{bf16}")
-    if run.device.type == "cpu" and args.preset in ("cifar10", "cifar100", "tiny_imagenet"):
+    precision = "bf16" if args.amp else "float32"
+    say(f"on {run.device} in {precision}, into {args.out}")
+    if run.device.type == "cpu" and args.preset not in ("digits", "cpu"):
         say("the published settings take days on a CPU; --preset cpu takes 40 to 70 minutes")
     say("".join(f"{name.removeprefix('loss_'):>9}" for name in SHOWN))
 
@@ -1386,7 +1389,7 @@ def show(row):
     line = ""
     for name, form in SHOWN.items():
         cell = "-" if row[name] is None else format(row[name], form)
-        line += f"{cell:>9}"
+        line += f" {cell:>8}"
     say(line)
 
 
@@ -1455,8 +1458,12 @@ def save(run, images, labels):
     with replaced(out / f"samples/{epoch}.png") as temporary:
         draw_samples(temporary, images[last], labels[last], info["class_names"])
     about = {key: info[key] for key in TEACHER}
-    about |= dict(architecture=args.student, accuracy=row["accuracy"])
-    about |= dict(trained_on=f"images made from {args.teacher}", command=shlex.join(sys.argv))
+    about |= dict(
+        architecture=args.student,
+        accuracy=row["accuracy"],
+        trained_on=f"images made from {args.teacher}",
+        command=shlex.join(sys.argv),
+    )
     save_model(out / "student.safetensors", run.student, about)
     with replaced(out / f"memory/{epoch}.pt") as temporary:
         torch.save(dict(images=images, labels=labels), temporary)
@@ -1497,6 +1504,15 @@ def resume(run):
         run.memory.add(made["images"])
 
 
+NEXT = """The student is {out}/student.safetensors. What comes next:
+look at its images:  python -m webbrowser {samples}
+export it:           python -c "import nayer, torch; \
+S = nayer.load_model(r'{out}/student.safetensors'); \
+torch.export.save(torch.export.export(S, (torch.rand{shape},)), 'student.pt2')"
+your own teacher:    python nayer.py --teacher my_teacher.py:load --class-names names.txt \
+--image-size 32 --mean 0.5 0.5 0.5 --std 0.25 0.25 0.25"""
+
+
 def finish(run):
     """summary.json, curve.png, the last line on the console. Returns the summary: the scores, the
     last row of log.csv, and the settings."""
@@ -1509,8 +1525,9 @@ def finish(run):
     )
     known = [f"{name} {value:.2%}" for name, value in scores.items() if value is not None]
     say(", ".join(known))
-    versions = dict(python=sys.version.split()[0], torch=torch.__version__)
-    about = dict(device=str(run.device), versions=versions, teacher=run.args.teacher)
+    samples = (out / "samples").resolve().as_uri()
+    say(NEXT.format(out=out, samples=samples, shape=(2, *run.shape, run.shape[1])))
+    about = dict(device=str(run.device), torch=torch.__version__, teacher=run.args.teacher)
     summary = scores | last | about | dict(settings=settings_of(run))
     if RANK == 0:
         with replaced(out / "summary.json") as temporary:
@@ -1563,8 +1580,8 @@ def pick_device(name):
     if device.type == "cuda":
         torch.cuda.set_device(device)
         return device, torch.cuda.get_device_capability() >= (8, 0)  # Ampere
-    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # not in torch 2.4
-    return device, name == "cpu" and supported is not None and supported()
+    has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)  # not in torch 2.4
+    return device, name == "cpu" and has_bf16()
 
 
 def keep_freed_memory():

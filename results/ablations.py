@@ -359,7 +359,7 @@ def fresh_images(action):
     path = ROOT / "runs/ablations" / f"{action}_fresh"
     if not (path / "summary.json").exists():
         command = f"{PLAN[action].budget} --seed 1000 --warmup-epochs 0 --epochs 1 --batches 1"
-        command += f" --student-steps 1 --agree-batches 10 --no-eval --resume --out {path}"
+        command += f" --student-steps 1 --no-eval --resume --out {path}"
         nayer.main(command.split())
     return torch.load(path / "agree.pt", weights_only=True)["images"]
 
