@@ -215,8 +215,11 @@ class NoisyLayer(nn.Module):
 
 
 class UpsampleConv(nn.Conv2d):
-    """Doubles the maps, then convolves: (B, ch, h, w) -> (B, out, 2h, 2w). The same as
-    F.interpolate(maps, scale_factor=2) and a 3x3 convolution with padding 1 and no bias.
+    """Doubles the maps, then convolves: (B, ch, h, w) -> (B, out, 2h, 2w). In `forward` these two
+    lines would do the same:
+
+        maps = F.interpolate(maps, scale_factor=2)
+        return F.conv2d(maps, self.weight, padding=1)
 
     [ours] A 3x3 window of doubled pixels holds only 2x2 different ones. So the weights that meet
     the same pixel are added up first, and a transposed convolution needs 4 products in place of 9.
@@ -272,6 +275,10 @@ def class_sets(num_classes, batch, device="cpu"):
 # ---- Losses --------------------------------------------------------------------------------------
 class BatchStatistics(torch.autograd.Function):
     """x (B, ch, H, W) -> mean and biased variance of each channel, float32 (ch,) even for bf16 x.
+    In the place of `BatchStatistics.apply(x)` these two lines would do the same:
+
+        var, mean = torch.var_mean(x.float(), (0, 2, 3), correction=0)
+        return mean, var
 
     [ours] The kernel with which BatchNorm itself computes them reads x once, and the gradient is a
     single multiply-add (n = B H W):
@@ -1122,8 +1129,8 @@ def load_teacher(args):
     flags = ", --".join(missing).replace("_", "-")
     check(not missing, f"{name} does not describe itself: add --{flags}")
     channels = info.setdefault("channels", len(info["mean"]))
-    fits = len(info["mean"]) == len(info["std"]) == channels
-    check(fits, f"--mean and --std take one number per channel: {channels}")
+    fits = channels in (1, 3) and len(info["mean"]) == len(info["std"]) == channels
+    check(fits, f"--mean and --std take a number for each channel, 1 or 3: here {channels}")
     # Does it take such images, and does it know so many classes?
     C = count_outputs(teacher.eval(), name, channels, info["image_size"])
     names = info["class_names"] = info["class_names"] or [f"class {k}" for k in range(C)]

@@ -1818,6 +1818,7 @@ FOUND_LATER = """
 --teacher {}/my.py:net                          | --image-size, --mean, --std, --class-names
 OWN {}/none.py:net                              | none.py
 OWN {}/my.py:absent                             | absent
+OWN {}/my.py:net --mean .4 .4 --std .3 .3        | 1 or 3: here 2
 OWN {}/my.py:fails                              | weights that are not here
 OWN {}/my.py:nothing                            | int, not an nn.Module
 OWN {}/my.py:two                                | 10 class names, but
