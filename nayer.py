@@ -125,7 +125,7 @@ PRESETS = dict(
     # weak L_adv keeps the images legible. A mirrored digit is no digit.
     digits=(
         "--teacher wrn10_2 --student wrn10_1 --prompt 'a photo of the digit {class}' "
-        "--warmup-epochs 2 --warmup-batches 4 --epochs 8 --batches 1 "
+        "--warmup-epochs 2 --warmup-batches 4 --epochs 12 --batches 1 "
         "--synthesis-batch 100 --generator-steps 10 --generator-width 32 "
         "--alpha-ce 1 --alpha-bn 3 --alpha-adv 0.2 "
         "--student-steps 96 --student-batch 64 --reuse 4 --weight-decay 5e-4 --nesterov "

@@ -727,7 +727,7 @@ teacher          wrn10_2  wrn40_2  wrn40_2  wrn40_2       wrn40_2
 student          wrn10_1  wrn16_2  wrn16_2  wrn16_2       wrn16_1
 warmup_epochs    2        20       20       20            9
 warmup_batches   4        10       10       20            6
-epochs           8        100      100      100           28
+epochs           12       100      100      100           28
 batches          1        2        2        4             4
 synthesis_batch  100      400      400      200           200
 generator_steps  10       30       40       60            8
@@ -738,7 +738,7 @@ alpha_ce         1.0      0.5      0.5      0.5           0.5
 alpha_bn         3.0      10.0     10.0     10.0          10.0
 alpha_adv        0.2      1.33     1.33     1.33          1.33
 bn_momentum      0.9      0.9      0.9      0.9           0.9
-student_steps    64       400      400      1000          1200
+student_steps    96       400      400      1000          1200
 student_batch    64       512      512      256           64
 reuse            4        1        1        1             4
 mix              0.0      0.0      0.0      0.0           0.5
@@ -749,7 +749,7 @@ temperature      20.0     20.0     20.0     20.0          20.0
 bank_size        None     None     None     None          None
 crop_padding     1        4        4        4             4
 flip             False    True     True     True          True
-agree_batches    10       10       10       10            10
+agree_batches    4        10       10       10            10
 """
 
 
@@ -1381,9 +1381,9 @@ def test_a_preset_is_counted(tmp_path):
     found = figures.needs("--dataset digits --student wrn10_1 --generator-width 4", tmp_path)
 
     assert operations.count == 2
-    assert found[0] == "1,600"
-    assert found[1] == "0.2"  # of 144 bytes
-    assert found[4:6] == ("160", "512")
+    assert found[0] == "2,000"
+    assert found[1] == "0.3"  # of 144 bytes
+    assert found[4:6] == ("200", "1,152")
     assert int(found[6]) > int(found[7]) > 50
 
 
