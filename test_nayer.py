@@ -816,7 +816,7 @@ def measured(place, flags):
     summary = json.loads((HERE / "results" / place).read_text())
     for key, value in vars(nayer.parse_args(flags.split())).items():
         if value is not None:
-            assert summary["settings"].get(key, str(value)) == str(value), key
+            assert str(summary["settings"].get(key, value)) == str(value), key
     return 100 * summary["student_accuracy"]
 
 
@@ -1439,7 +1439,7 @@ def test_thirty_lines_and_copied_parts_distil_the_digits(monkeypatch):
 
     exec(short, space)
 
-    assert space["right"][0] < 0.4 < space["right"][-1]  # first T's statistics, then its classes
+    assert space["right"][0] < space["right"][-1] - 0.2  # first T's statistics, then its classes
     assert right_answers(space["student"].eval()) > 0.2  # a tenth by chance
 
 
