@@ -1180,15 +1180,15 @@ def image_folder(folder, channels, size):
     return datasets.ImageFolder(folder, v2.Compose(fit))
 
 
-def test_digits():
-    """500 of scikit-learn's digits that no teacher was trained on, enlarged to 12 pixels: pairs of
-    an image, uint8 (1, 12, 12), and its label."""
+def test_digits(size):
+    """500 of scikit-learn's digits that no teacher was trained on, enlarged from 8 pixels: pairs of
+    an image, uint8 (1, size, size), and its label."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
     digits = load_digits()  # 1,797 of 8x8 pixels, values 0 to 16
     images = torch.tensor(digits.images).float()[:, None] * (255 / 16)
-    images = F.interpolate(images, size=12, mode="bilinear").round().byte()
+    images = F.interpolate(images, size=size, mode="bilinear").round().byte()
     pairs = list(zip(images, digits.target))
     _, held_out = train_test_split(pairs, test_size=500, stratify=digits.target, random_state=0)
     return held_out
@@ -1227,7 +1227,7 @@ def test_batches(dataset, root, class_names, channels, image_size, device):
     size = IMAGES[dataset].get("image_size", image_size)
     check(size == image_size, f"the teacher reads {image_size} pixels, {dataset} has {size}")
     if dataset == "digits":
-        data = test_digits()
+        data = test_digits(size)
     elif dataset in ("cifar10", "cifar100"):
         from torchvision import datasets
         from torchvision.transforms import v2
@@ -1248,6 +1248,11 @@ def test_batches(dataset, root, class_names, channels, image_size, device):
 
 # ---- Scores and pictures -------------------------------------------------------------------------
 @torch.no_grad()
+def predict(model, images, augment):
+    """The class (n,) that `model` names for each of `images`, uint8 (n, ch, H, W)."""
+    return model(augment.normalize(images.float() / 255)).argmax(1)
+
+
 def accuracy(model, batches, augment):
     """Fraction in [0, 1] of images that `model` gets right. Leaves it in eval mode.
 
@@ -1256,21 +1261,19 @@ def accuracy(model, batches, augment):
     device = augment.mean.device
     correct, seen = 0, 0
     for images, labels in batches:
-        answers = model(augment.normalize(images.to(device).float() / 255)).argmax(1)
+        answers = predict(model, images.to(device), augment)
         correct += (answers == labels.to(device)).sum()
         seen += len(labels)
     return float(correct) / seen
 
 
-@torch.no_grad()
 def agreement(teacher, student, images, augment):
     """Fraction in [0, 1] of `images`, uint8 (B, ch, H, W), on which S names the class that T names.
 
     [ours] Needs no label and no real image: it tells how good S is where there are none."""
     batches = []
     for part in images.split(500):  # no more at once than a scoring batch
-        answers = teacher(augment.normalize(part.float() / 255)).argmax(1)
-        batches.append((part, answers))
+        batches.append((part, predict(teacher, part, augment)))
     return accuracy(student, batches, augment)
 
 
@@ -1290,8 +1293,7 @@ def agreement_images(run):
     run.bn_loss.average = None  # the run itself begins without one
     half = len(images) // 2
     images, labels = images[half:], labels[half:]
-    answers = run.teacher(run.augment.normalize(images.float() / 255)).argmax(1)
-    images = images[answers == labels]
+    images = images[predict(run.teacher, images, run.augment) == labels]
     if RANK == 0:
         with replaced(path) as temporary:
             torch.save(dict(images=images.cpu()), temporary)
@@ -1304,7 +1306,7 @@ def score(run, row):
         row["agree"] = agreement(run.teacher, run.student, run.agreement_images, run.augment)
     if run.test:
         row["accuracy"] = accuracy(run.student, run.test, run.augment)
-        row["best"] = max(r["accuracy"] or 0.0 for r in run.rows)
+        row["best"] = max(r["accuracy"] for r in run.rows if r["accuracy"] is not None)
 
 
 def draw_samples(path, images, labels, class_names):
@@ -1333,7 +1335,8 @@ def draw_curve(path, rows, teacher_accuracy):
     rows: those of log.csv, dicts. teacher_accuracy: in [0, 1], or None."""
     from matplotlib.figure import Figure
 
-    panels = Figure(figsize=(12, 4), layout="constrained").subplots(1, 3)
+    figure = Figure(figsize=(12, 4), layout="constrained")
+    panels = figure.subplots(1, 3)
     if teacher_accuracy is not None:
         panels[0].axhline(teacher_accuracy, color="gray", linestyle="--", label="teacher")
     for axes, columns in zip(panels, (["accuracy"], ["agree"], [*LOSSES, "loss_kd"])):
@@ -1345,7 +1348,7 @@ def draw_curve(path, rows, teacher_accuracy):
                 axes.legend()
         axes.set_xlabel("seconds")
     panels[2].set_yscale("log", nonpositive="mask")  # L_adv is 0 in the warm-up
-    axes.figure.savefig(path, dpi=100, format="png")
+    figure.savefig(path, dpi=100, format="png")
 
 
 # ---- The files of a run --------------------------------------------------------------------------
@@ -1387,7 +1390,7 @@ def greet(run):
     say(f"on {run.device} in {precision}, into {args.out}")
     if run.device.type == "cpu" and args.preset not in ("digits", "cpu"):
         say("the published settings take days on a CPU; --preset cpu takes 40 to 70 minutes")
-    say("".join(f"{name.removeprefix('loss_'):>9}" for name in SHOWN))
+    say("".join(f" {name.removeprefix('loss_'):>8}" for name in SHOWN))
 
 
 def show(row):
@@ -1521,7 +1524,7 @@ your own teacher:    python nayer.py --teacher my_teacher.py:load --class-names 
 
 
 def finish(run):
-    """summary.json, curve.png, the last line on the console. Returns the summary: the scores, the
+    """summary.json, curve.png, the last lines on the console. Returns the summary: the scores, the
     last row of log.csv, and the settings."""
     out, last = run.args.out, run.rows[-1]
     scores = dict(
@@ -1533,7 +1536,8 @@ def finish(run):
     known = [f"{name} {value:.2%}" for name, value in scores.items() if value is not None]
     say(", ".join(known))
     samples = (out / "samples").resolve().as_uri()
-    say(NEXT.format(out=out, samples=samples, shape=(2, *run.shape, run.shape[1])))
+    channels, size = run.shape
+    say(NEXT.format(out=out, samples=samples, shape=(2, channels, size, size)))
     about = dict(device=str(run.device), torch=torch.__version__, teacher=run.args.teacher)
     summary = scores | last | about | dict(settings=settings_of(run))
     if RANK == 0:
@@ -1587,8 +1591,8 @@ def pick_device(name):
     if device.type == "cuda":
         torch.cuda.set_device(device)
         return device, torch.cuda.get_device_capability() >= (8, 0)  # Ampere
-    has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)  # not in torch 2.4
-    return device, name == "cpu" and has_bf16()
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # not in torch 2.4
+    return device, name == "cpu" and supported is not None and supported()
 
 
 def keep_freed_memory():

@@ -1339,7 +1339,7 @@ def test_diversity_is_the_mean_distance_within_a_class(straight):
     layer = inputs_of(teacher.classifier)
     means = []
 
-    found = figures.diversity(straight)
+    found = figures.diversity(straight, *figures.teacher_of(straight))
 
     for path in sorted((straight / "memory").iterdir()):
         made = torch.load(path)

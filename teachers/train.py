@@ -140,14 +140,14 @@ def what_is_wrong(args, known):
 
 
 # ---- Training images -----------------------------------------------------------------------------
-def training_digits():
+def training_digits(size):
     """scikit-learn's digits but the 500 that are held out: 1,297 (image uint8, label) pairs."""
     pixels, labels = load_digits(return_X_y=True)  # (1797, 64), values 0 to 16
     pixels, _, labels, _ = train_test_split(
         pixels, labels, test_size=500, stratify=labels, random_state=0
     )
     images = torch.tensor(pixels).float().view(-1, 1, 8, 8) * (255 / 16)
-    images = F.interpolate(images, size=12, mode="bilinear").round().byte()
+    images = F.interpolate(images, size=size, mode="bilinear").round().byte()
     return list(zip(images, labels.tolist()))
 
 
@@ -174,7 +174,7 @@ def training_images(args):
     root = args.data_root
     with nayer.explained(f"cannot read {args.dataset} in {root}"):
         if args.dataset == "digits":
-            pairs = training_digits()
+            pairs = training_digits(args.image_size)
         elif args.dataset in ("cifar10", "cifar100"):
             kind = getattr(datasets, args.dataset.upper())
             pairs = kind(root, train=True, download=True, transform=v2.PILToTensor())
