@@ -8,8 +8,6 @@ Each edit is made in a copy of nayer.py, in runs/exercises/, which distils the d
 to 2.
 """
 
-import csv
-import json
 import re
 import shutil
 import statistics
@@ -19,6 +17,8 @@ from pathlib import Path
 
 import ablations
 import figures
+
+import nayer
 
 ROOT = Path(__file__).resolve().parent.parent
 KEEP = "torch.where(better, images.detach(), best_images)"
@@ -53,13 +53,6 @@ def distil(folder, flags):
     return done.stdout
 
 
-def write(name, rows):
-    with open(ROOT / "results" / name, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 def edits():
     rows = []
     for number, (name, (old, new)) in enumerate(EDITS.items()):
@@ -68,12 +61,11 @@ def edits():
         for seed in SEEDS:
             run = folder / str(seed)
             distil(folder, f"--seed {seed} --out {seed} --resume")
-            summary = json.loads((run / "summary.json").read_text())
-            accuracy = round(100 * summary["student_accuracy"], 2)
+            accuracy = round(100 * figures.summary_of(run)["student_accuracy"], 2)
             count, batches = figures.best_is_last(run)
             row = dict(exercise=name, seed=seed, accuracy=accuracy)
             rows.append(row | dict(best_is_last=count, batches=batches))
-    write("exercises.csv", rows)
+    nayer.write_table(ROOT / "results/exercises.csv", rows)
 
 
 def gradients():
@@ -91,7 +83,7 @@ def gradients():
             of_bn = statistics.fmean(sizes[2 * steps + 1 :: 2])
             row = dict(flags=flags, seed=seed, ce=f"{of_ce:.4g}", bn=f"{of_bn:.4g}")
             rows.append(row | dict(ratio=f"{of_bn / of_ce:.4g}"))
-            write("exercises_gradients.csv", rows)
+            nayer.write_table(ROOT / "results/exercises_gradients.csv", rows)
 
 
 if __name__ == "__main__":

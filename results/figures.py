@@ -441,10 +441,9 @@ def batches_of(run, epoch, device):
 
 
 @torch.no_grad()
-def diversity(run):
+def diversity(run, teacher, augment):
     """How much images of one class in a batch differ: the mean Euclidean distance between two of
     them, taken between the inputs of the teacher's last linear layer, mean over all batches."""
-    teacher, augment = teacher_of(run)
     linear = [layer for layer in teacher.modules() if isinstance(layer, nn.Linear)]
     if not linear:
         return nan
@@ -466,10 +465,9 @@ def diversity(run):
 
 
 @torch.no_grad()
-def right_answers(run):
+def right_answers(run, teacher, augment):
     """Of each batch of the run's first epoch: on how many images, in %, T names the class that was
     asked for."""
-    teacher, augment = teacher_of(run)
     found = []
     for x, y in batches_of(run, 0, augment.mean.device):
         right = teacher(augment.normalize(x)).argmax(1) == y
@@ -505,8 +503,9 @@ def measured(run):
         if step <= len(losses):
             row[f"ce_{step}"] = losses[step - 1]
     if (run / "memory").exists():  # the runs in this folder have none
-        row["diversity"] = diversity(run)
-        right = right_answers(run)
+        teacher, augment = teacher_of(run)
+        row["diversity"] = diversity(run, teacher, augment)
+        right = right_answers(run, teacher, augment)
         row["right_1"] = right[0]
         if len(right) > 1:
             row["right_2"] = right[1]
