@@ -47,7 +47,7 @@ Where it departs from the authors' code:
  5. The default text encoder is all-MiniLM-L6-v2; theirs is CLIP.
  6. L_BN's statistics have a gradient written by hand, and up-sampling and convolution are one
     operation: the same sums in less time.
- 7. The random numbers of an epoch follow from the seed, the epoch and the rank, so that a resumed
+ 7. The random numbers of an epoch follow from the seed, the epoch so that a resumed
     run repeats them.
  8. Off in the published presets: each answer of T used several times (--reuse), blended views
     (--mix), Nesterov's momentum.
@@ -59,8 +59,8 @@ Knowledge Distillation, CVPR 2024, arXiv 2310.00258.
 import argparse
 import contextlib
 import csv
-import ctypes
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -68,15 +68,20 @@ import random
 import re
 import runpy
 import shlex
-import signal
 import sys
 import time
+import traceback
+import unicodedata
+import warnings
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
+import filelock
 import safetensors.torch
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from tqdm.auto import tqdm  # in a notebook: its kind of bar
@@ -88,17 +93,16 @@ SHIPPED = Path(__file__).resolve().parent / "teachers"  # trained teachers, labe
 TEXT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"  # made the shipped embeddings
 HIDDEN_SIZE = 1000  # H, what Z gives to G [code]
 NOISE_SIZE = 256  # numbers per image, for --label-input noise
+SCORED = 200  # images that T or S is asked about at once where no gradient is needed
 SMALL = 64  # pixels; for larger images G is deeper [code], and test images stay on disk
-RANK = int(os.environ.get("RANK") or 0)  # number of this process, set by torchrun
-RANKS = int(os.environ.get("WORLD_SIZE") or 1)  # how many processes it has started
-NO_BARS = True if RANK > 0 else None  # None: tqdm shows its bars on a console, but not in a pipe
 
-IMAGES = dict(  # how the images of a data set look, and were normalised for their teachers
-    digits=dict(image_size=12, mean=[0.3052], std=[0.3222]),
-    cifar10=dict(image_size=32, mean=[0.4914, 0.4822, 0.4465], std=[0.2023, 0.1994, 0.2010]),
-    cifar100=dict(image_size=32, mean=[0.5071, 0.4867, 0.4408], std=[0.2675, 0.2565, 0.2761]),
-    tiny_imagenet=dict(image_size=64, mean=[0.5, 0.5, 0.5], std=[0.5, 0.5, 0.5]),
-    folder=dict(),  # its teacher, or the flags, say so
+# How a data set's images look, and were normalised for its teachers: flags, as you type them.
+IMAGES = dict(
+    digits="--image-size 12 --mean 0.3052 --std 0.3222",
+    cifar10="--image-size 32 --mean 0.4914 0.4822 0.4465 --std 0.2023 0.1994 0.2010",
+    cifar100="--image-size 32 --mean 0.5071 0.4867 0.4408 --std 0.2675 0.2565 0.2761",
+    tiny_imagenet="--image-size 64 --mean 0.5 0.5 0.5 --std 0.5 0.5 0.5",
+    folder="",  # its teacher, or your flags, say so
 )
 
 # A preset is a piece of command line that stands before yours, so that your flags win. What it
@@ -107,7 +111,6 @@ IMAGES = dict(  # how the images of a data set look, and were normalised for the
 PRESETS = dict(
     cifar10=(
         f"--teacher wrn40_2 --student wrn16_2 --text-encoder {TEXT_ENCODER} "
-        "--prompt 'a photo of {class}' "
         "--warmup-epochs 20 --warmup-batches 10 --epochs 100 --batches 2 "
         "--synthesis-batch 400 --generator-steps 30 --generator-lr 4e-3 --generator-life 10 "
         "--generator-width 64 --alpha-ce 0.5 --alpha-bn 10 --alpha-adv 1.33 --bn-momentum 0.9 "
@@ -124,7 +127,7 @@ PRESETS = dict(
     # [ours] Small, for a laptop: few images of 12 pixels, each answer of T serves S four times, a
     # weak L_adv keeps the images legible. A mirrored digit is no digit.
     digits=(
-        "--teacher wrn10_2 --student wrn10_1 --prompt 'a photo of the digit {class}' "
+        "--teacher wrn10_2 --student wrn10_1 "
         "--warmup-epochs 2 --warmup-batches 4 --epochs 12 --batches 1 "
         "--synthesis-batch 100 --generator-steps 10 --generator-width 32 "
         "--alpha-ce 1 --alpha-bn 3 --alpha-adv 0.2 "
@@ -139,6 +142,8 @@ PRESETS = dict(
         "--student-steps 1200 --student-batch 64 --reuse 4 --mix 0.5 "
         "--lr 0.1 --weight-decay 5e-4 --nesterov"
     ),
+    # [ours] For teachers of images above 64 pixels: all is smaller than in cifar10, M is a ring.
+    large="--student resnet18 --synthesis-batch 32 --student-batch 64 --bank-size 20000",
 )
 
 
@@ -158,11 +163,22 @@ def label_text_embeddings(class_names, encoder, prompt):
         for dataset, made_of in about.items():
             if json.loads(made_of) == [encoder, prompt, class_names]:
                 return tensors[dataset].float()  # (C, D)
-    with explained(f"no text encoder {encoder} here or on the hub; see --text-encoder"):
+    remedy = "see --text-encoder, or do without: --label-input onehot"
+    with explained(f"no text encoder {encoder} here or on the hub; {remedy}"):
+        from huggingface_hub import constants, get_session
         from transformers import AutoModel, AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(encoder, trust_remote_code=False)
-        model = AutoModel.from_pretrained(encoder, use_safetensors=True, trust_remote_code=False)
+        offline = True  # unless the hub answers at once; what was fetched before needs no hub
+        with contextlib.suppress(Exception):
+            get_session().head(constants.ENDPOINT, timeout=5)
+            offline = False
+        safe = dict(trust_remote_code=False, local_files_only=offline)
+        tokenizer = AutoTokenizer.from_pretrained(encoder, **safe)
+        model = AutoModel.from_pretrained(encoder, use_safetensors=True, **safe)
+        if tokenizer.pad_token is None:  # GPT-2's; the mask below leaves out what it fills up
+            tokenizer.pad_token = tokenizer.eos_token
+        if model.config.is_encoder_decoder:  # T5
+            model = model.get_encoder()
     names = [re.sub("[_-]", " ", name) for name in class_names]  # [code]
     texts = [prompt.replace("{class}", name) for name in names]
     siglip = model.config.model_type.startswith("siglip")  # trained on texts of one length
@@ -179,6 +195,17 @@ def label_text_embeddings(class_names, encoder, prompt):
     hidden = model(**tokens).last_hidden_state  # (C, tokens, D)
     mask = tokens["attention_mask"][:, :, None]  # 0 where a short text was filled up
     return ((hidden * mask).sum(1) / mask.sum(1)).float()  # (C, D)
+
+
+def check_distinct(embeddings, class_names):
+    """UserError if two of the embeddings (C, D) are equal but for rounding: G would be told the
+    same of both classes. Two classes of one name, such as ImageNet's cranes, are accepted."""
+    distances = F.pdist(embeddings)  # of all pairs
+    i, j = torch.combinations(torch.arange(len(class_names)))[distances.argmin()]
+    one, other = class_names[i], class_names[j]
+    apart = distances.min() > 1e-3 * embeddings.norm(dim=1).mean()
+    remedy = "give them other --class-names, or use --label-input onehot"
+    check(apart or one == other, f"the text encoder cannot tell {one!r} from {other!r}: {remedy}")
 
 
 # ---- Noisy layer and generator: x = G(Z(e_y)) ----------------------------------------------------
@@ -314,8 +341,8 @@ class BatchNormLoss:
     gradient is scaled by 0.1; without that, L_BN drowns the class term. The average outlives the
     generator. Hooks read the layers' inputs, and only while gradients are recorded, so that they
     cost nothing while the student learns. Call it for the loss of the last pass, a float32 scalar;
-    `.update()` moves the average, once per batch (first, sets it); `.close()` ends the hooks.
-    Made when T is on its device. A layer that T's forward does not use adds nothing."""
+    `.update()` moves the average, once per batch (first, sets it). Made when T is on its device. A
+    layer that T's forward does not use adds nothing."""
 
     def __init__(self, teacher, momentum):
         self.momentum = momentum
@@ -324,9 +351,8 @@ class BatchNormLoss:
         self.layers = [m for m in norms if m.running_mean is not None]  # with statistics to meet
         # mu and var of each layer: at first what T has stored, then what its last pass has seen.
         self.seen = [(m.running_mean, m.running_var) for m in self.layers]
-        self.hooks = []
         for i, layer in enumerate(self.layers):
-            self.hooks.append(layer.register_forward_pre_hook(partial(self.read, i)))
+            layer.register_forward_pre_hook(partial(self.read, i))
         # All layers' mu and var lie in one vector, so that the loss is a few large operations, not
         # nine a layer. `owner` tells for each number which of the 2L norms it belongs to.
         if self.layers:
@@ -357,10 +383,6 @@ class BatchNormLoss:
     def update(self):
         """The mixture of the last pass becomes the average."""
         self.average = self.mixed()
-
-    def close(self):
-        for hook in self.hooks:
-            hook.remove()
 
 
 def adversarial_loss(student_logits, teacher_logits):
@@ -452,7 +474,7 @@ class Augment:
 def repeat(step, times):
     """step() again and again. Returns what it gave, a tensor each time, stacked (times, ...)."""
     results = []
-    for _ in tqdm(range(times), leave=False, disable=NO_BARS):
+    for _ in tqdm(range(times), leave=False, disable=None):
         results.append(step())
     return torch.stack(results)
 
@@ -490,7 +512,8 @@ def synthesize(
     LOSSES, and their weighted sum. Nothing leaves the device in the loop."""
     # S stays in eval mode: the authors' is in train mode from the second batch of an epoch on, so
     # that the statistics of its BatchNorm are overwritten by half-made images [code].
-    student.eval().requires_grad_(False)
+    student.eval()
+    student.requires_grad_(False)
     parameters = [*generator.parameters(), *noisy_layer.parameters()]
     optimizer = torch.optim.Adam(parameters, lr, betas=(0.5, 0.999), fused=True)
     zero = torch.zeros((), device=labels.device)
@@ -564,7 +587,8 @@ def distill(
     reuse R > 1 [ours]: T answers 1/R of the epoch's views, and S passes R times over them. R = 4
     takes 36 % less time (two Zen 5 cores).
     mix [ours]: share of views blended with another; 0.5: +3.0 points (1.2 to 4.8) on CIFAR-10."""
-    student.train().requires_grad_(True)
+    student.train()
+    student.requires_grad_(True)
     pool = 1  # batches that T is asked about together; for R = 1 new views at every step
     if reuse > 1:
         most = 2**27 // (batch * memory.images[0].numel())  # batches of views in 512 MiB
@@ -588,47 +612,22 @@ def learning_rate(peak, progress):
 
 
 # ---- What the loop works on ----------------------------------------------------------------------
-def share(count):
-    """`count` batches or images divided among the ranks, rounded up: together they may do more."""
-    return math.ceil(count / RANKS)
-
-
-def from_all_ranks(tensor):
-    """The tensors of all ranks, one after the other; of a single rank its own."""
-    if RANKS == 1:
-        return tensor
-    parts = [torch.empty_like(tensor) for _ in range(RANKS)]
-    dist.all_gather(parts, tensor)
-    return torch.cat(parts)
-
-
 class Run:
     """T, S, Z, G, M, the label embeddings, the images to score on, and the tables of the run.
 
-    Built from the flags; `resume` puts a checkpoint into it. Under torchrun there are several
-    ranks, a process for each: each makes its share of the images with noise of its own, and all of
-    them keep all images. Raises UserError for what the user can put right."""
+    Built from the flags and a teacher with `.info`; `resume` puts a checkpoint into it. Raises
+    UserError for what the user can put right."""
 
-    def __init__(self, args):
+    def __init__(self, args, teacher):
         self.args = args
         self.device, fast_bf16 = pick_device(args.device)
         if args.amp is None:
             args.amp = fast_bf16  # in the flags, since the checkpoint keeps them
         torch.backends.cudnn.benchmark = True  # the fastest kernels that a trial finds
         torch.set_float32_matmul_precision("high")  # TF32, where bf16 is not used
-        torch.manual_seed(args.seed)  # for the weights of S; each epoch has a seed of its own
-
-        # The networks, and the loss that reads T's layers.
-        self.teacher = self.on_device(load_teacher(args))
-        self.info = info = self.teacher.info
-        names = info["class_names"]
+        self.info = info = teacher.info
         self.shape = (info["channels"], info["image_size"])
-        self.student = self.on_device(load_student(args.student, len(names), *self.shape))
-        self.bn_loss = BatchNormLoss(self.teacher, args.bn_momentum)
-        has_norm = self.bn_loss.layers or args.alpha_bn == 0
-        check(has_norm, f"{args.teacher} has no BatchNorm2d for L_BN: add --alpha-bn 0")
-        if args.alpha_bn == 0:
-            self.bn_loss.close()  # nobody asks for it
+        self.take_networks(teacher)
         self.augment = Augment(info["mean"], info["std"], args.crop_padding, args.flip, self.device)
         self.optimizer = torch.optim.SGD(
             self.student.parameters(),
@@ -639,44 +638,82 @@ class Run:
             fused=True,
         )
         # What G is told of the classes, and where its images go.
+        names = info["class_names"]
         if args.label_input == "lte":
             embeddings = label_text_embeddings(names, args.text_encoder, args.prompt)
+            check_distinct(embeddings, names)
         elif args.label_input == "onehot":
             embeddings = torch.eye(len(names))
         else:
             embeddings = torch.zeros(len(names), NOISE_SIZE)  # noise takes their place
         self.label_embeddings = embeddings.to(self.device)  # (C, D)
         self.new_generator()
-        batches = args.warmup_epochs * share(args.warmup_batches)
-        batches += args.epochs * share(args.batches)
-        capacity = args.bank_size or batches * RANKS * args.synthesis_batch
+        batches = args.warmup_epochs * args.warmup_batches + args.epochs * args.batches
+        capacity = args.bank_size or batches * args.synthesis_batch
         self.memory = MemoryBank(capacity, *self.shape, self.device)
 
         # What tells how good S is, and the tables that say so.
         self.test = None  # batches of real images, for the column `accuracy`
         self.rows = []  # of log.csv, a dict for each finished epoch
-        self.steps = []  # of generator.csv, a dict for each generator step
-        if args.eval and RANK == 0:  # a download, if any, before the others begin to wait
+        if args.eval:
             with explained(f"no test images of {args.dataset}; --no-eval distils without them"):
                 self.test = test_batches(
                     args.dataset, args.data_root, names, *self.shape, self.device
                 )
                 info["accuracy"] = accuracy(self.teacher, self.test, self.augment)
-        # Several ranks: S learns as one, their gradients are averaged.
-        self.learner = self.student  # S, as `distill` calls it
-        if RANKS > 1:
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
-            self.learner = nn.parallel.DistributedDataParallel(self.student)
+
+    def take_networks(self, teacher):
+        """T and S on the device, and L_BN, which reads T's layers; tried out as they will be used.
+        The first line on the console says what T was taken for."""
+        args, info = self.args, self.info
+        self.teacher = self.on_device(teacher)
+        read = self.teacher if args.alpha_bn else nn.Identity()  # without L_BN no layer is read
+        self.bn_loss = BatchNormLoss(read, args.bn_momentum)
+        logits = self.try_out(self.teacher, args.teacher)
+        differ = (logits[0] - logits[1]).abs().max() > 1e-6
+        check(differ, f"{args.teacher} gives all images the same logits: is it trained?")
+        C = logits.shape[1]
+        names = info["class_names"] = info["class_names"] or [f"class {k}" for k in range(C)]
+        check(len(names) == C, f"{len(names)} class names, but {args.teacher} has {C} outputs")
+        norms = sum(mean.requires_grad for mean, _ in self.bn_loss.seen)  # that a pass has met
+        channels, size = self.shape
+        line = f"{args.teacher}: {C} classes, {names[0]} to {names[-1]}, {norms} BatchNorm layers, "
+        line += f"{channels} x {size} x {size} pixels, mean {info['mean']}, std {info['std']}"
+        if info.get("accuracy"):
+            line += f", {info['accuracy']:.2%}, {info.get('trained_on')}"
+        say(line)
+        usable = norms or args.alpha_bn == 0
+        check(usable, f"{args.teacher} passes no BatchNorm2d for L_BN: add --alpha-bn 0")
+        if norms and not any(layer.running_mean.any() for layer in self.bn_loss.layers):
+            say("warning: T's BatchNorm statistics are those of a new network: is it trained?")
+        self.student = self.on_device(load_student(args.student, C, *self.shape))
+        self.student.eval()
+        outputs = self.try_out(self.student, args.student).shape[1]
+        check(outputs == C, f"{args.student} has {outputs} outputs, the teacher {C}")
+        learner = self.on_device(load_student(args.student, C, *self.shape))
+        learner.train()  # as S learns; this moves BatchNorm's statistics, hence another one
+        self.try_out(learner, args.student)
+
+    def try_out(self, model, name):
+        """`trial` with two images of noise. A network that cannot take channels_last is changed, so
+        that its images, weights and maps are in the usual order."""
+        channels, size = self.shape
+        noise = torch.Generator().manual_seed(0)
+        images = torch.randn(2, channels, size, size, generator=noise).to(self.device)
+        images = images.contiguous(memory_format=torch.channels_last).requires_grad_()
+        with contextlib.suppress(UserError):
+            return trial(model, name, images)
+        model.to(memory_format=torch.contiguous_format)
+        model.forward = partial(rows_first, model.forward)
+        return trial(model, name, images)
 
     def on_device(self, model):
         """T, S or G on the device, to compute in bf16 where that is fast. Their weights, the
         losses, the optimizers and Z stay in float32."""
-        args = self.args
         model.to(self.device, memory_format=torch.channels_last)
-        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=args.amp)
-        model.forward = autocast(model.forward)  # with --amp: its convolutions compute in bf16
-        if args.compile:
-            torch._dynamo.config.cache_size_limit = 64  # T and S share code, in several modes
+        model.forward = partial(answer, model.forward, self.device.type, self.args.amp)
+        if self.args.compile:
+            torch._dynamo.config.cache_size_limit = 64  # networks share code, in several modes
             model.compile(dynamic=False)
         return model
 
@@ -698,10 +735,10 @@ class Run:
 
     def make_images(self, num_batches, alpha_adv):
         """So many new batches. Returns their images, uint8 (n, ch, H, W), their labels (n,), and
-        the losses of this rank's generator steps (batches, steps, len(LOSSES) + 1)."""
+        the losses of the generator steps (batches, steps, len(LOSSES) + 1)."""
         args = self.args
         all_images, all_labels, all_losses = [], [], []
-        for _ in range(share(num_batches)):
+        for _ in range(num_batches):
             if args.noisy_layer == "reinit":
                 self.noisy_layer.reinitialize()  # once per batch, not per step [code]
             labels = class_sets(len(self.label_embeddings), args.synthesis_batch, self.device)
@@ -725,8 +762,8 @@ class Run:
             )
             if args.alpha_bn:
                 self.bn_loss.update()  # the average moves once per batch, from the last step
-            all_images.append(from_all_ranks(images))
-            all_labels.append(from_all_ranks(labels))
+            all_images.append(images)
+            all_labels.append(labels)
             all_losses.append(losses)
         return torch.cat(all_images), torch.cat(all_labels), torch.stack(all_losses)
 
@@ -745,17 +782,13 @@ def main(argv=None):
 
     argv: a list of flags; None: those of the command line. Raises UserError for what the user can
     put right. All is written to --out after every epoch, so nothing finished is ever lost."""
-    args = parse_args(argv)
-    say(f"{args.dataset}: {args.teacher} -> {args.student}")
-    run = Run(args)
-    greet(run)
     start = time.perf_counter()
-    resume(run)
-    run.agreement_images = agreement_images(run)
+    run = begin(sys.argv[1:] if argv is None else argv)
+    args = run.args
     if run.rows:
         start -= run.rows[-1]["seconds"]  # of the sittings before
     epochs = range(len(run.rows), args.warmup_epochs + args.epochs)
-    for epoch in tqdm(epochs, "epochs", leave=False, disable=NO_BARS):
+    for epoch in tqdm(epochs, "epochs", leave=False, disable=None):
         row = dict.fromkeys(COLUMNS)
         row["epoch"] = epoch
         run.rows.append(row)
@@ -769,7 +802,7 @@ def main(argv=None):
         # Half-step 1: new images for M.
         began = time.perf_counter()
         images, labels, losses = run.make_images(num_batches, alpha_adv)
-        note_losses(run, row, losses)
+        note_losses(row, losses)
         run.memory.add(images)
         row["images"] = len(run.memory)
         row["seconds_synthesis"] = time.perf_counter() - began
@@ -779,25 +812,25 @@ def main(argv=None):
             began = time.perf_counter()
             progress = (epoch - args.warmup_epochs) / args.epochs
             run.optimizer.param_groups[0]["lr"] = learning_rate(args.lr, progress)
-            losses = distill(
+            losses_kd = distill(
                 run.teacher,
-                run.learner,
+                run.student,
                 run.memory,
                 run.optimizer,
                 run.augment,
                 steps=args.student_steps,
-                batch=share(args.student_batch),
+                batch=args.student_batch,
                 temperature=args.temperature,
                 reuse=args.reuse,
                 mix=args.mix,
             )
-            check_finite(losses, f"epoch {epoch}, student [step]")
-            row["loss_kd"] = losses.mean().item()
+            check_finite(losses_kd, f"epoch {epoch}, student [step]")
+            row["loss_kd"] = losses_kd.mean().item()
             row["seconds_distillation"] = time.perf_counter() - began
             score(run, row)
         row["seconds"] = time.perf_counter() - start
         show(row)
-        save(run, images, labels)
+        save(run, images.cpu(), labels.cpu(), losses.cpu())
     return finish(run)
 
 
@@ -808,21 +841,6 @@ def main(argv=None):
 
 
 # ---- Flags ---------------------------------------------------------------------------------------
-def number(kind, low, high=math.inf):
-    """An argparse type: a finite number of this kind, int or float, in [low, high]. argparse shows
-    the error's text after the name of the flag."""
-
-    def parse(text):
-        value = kind(text)
-        inside = low <= value <= high and value != math.inf  # nan is in no interval
-        if not inside:
-            raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {high}]")
-        return value
-
-    parse.__name__ = kind.__name__  # for argparse's own message where text is no number at all
-    return parse
-
-
 ABOUT = """Data-free knowledge distillation by noisy-layer generation (NAYER).
 T teacher, S student, G generator, Z noisy layer, M memory of synthetic images, L_... losses."""
 USUAL = """The usual commands:
@@ -831,11 +849,98 @@ USUAL = """The usual commands:
     python nayer.py --teacher file.py:load  your own network, and no data; see README.md
 The defaults are the preset's: --help with another --dataset or --preset shows others."""
 
+# Each flag, what it takes (see `kind_of`), and what --help says. A line alone heads a group. To add
+# one, write a line here, and its default into the preset cifar10.
+FLAGS = """
+run
+--dataset          digits|cifar10|cifar100|tiny_imagenet|folder  of T, and to score on
+--preset           digits|cifar10|cifar100|tiny_imagenet|cpu|large  whose defaults
+--data-root        path         folder of the data sets, for scoring alone
+--out              path         to write to (default: runs/<dataset>-<teacher>-<student>)
+--seed             int 0 9e18   of all random numbers
+--device           auto|cuda|mps|cpu  where to compute; auto: cuda if it is there
+--resume           switch       go on after the last finished epoch of the run in --out
+--eval             switch       score the student on real test images after every epoch
+--agree-batches    int 0        made before the run to judge S on, the later half of them
+--amp              switch       bf16 autocast (default: where the device is fast with it)
+--compile          switch       torch.compile for T, S and G
+networks and class names
+--teacher          text         T: name, model file, file.py:function
+--student          text         S: name, or file.py:function
+--class-names      path         file with a name per line (default: those of the teacher)
+--text-encoder     text         Hugging Face name, or local folder
+--image-size       int 8 512    pixels (default: the teacher's)
+--mean             pixels       of them, per channel, as T was trained (default: the teacher's)
+--std              pixels       likewise
+--prompt           text         to embed
+loop
+--warmup-epochs    int 0        epochs that only fill M
+--warmup-batches   int 1        batches synthesised in each of these
+--epochs           int 1        epochs that follow, with distillation (E)
+--batches          int 1        batches synthesised in each of these
+generator
+--synthesis-batch  int 2        images in a batch (B)
+--generator-steps  int 1        steps of Z and G for a batch
+--generator-lr     float 1e-9   of Adam, which starts afresh with every batch
+--generator-life   int 1        epochs until a new generator replaces it
+--generator-width  int 1        channels of its last hidden layer
+--alpha-ce         float 0      weight of L_CE
+--alpha-bn         float 0      weight of L_BN; 0 if T has no BatchNorm
+--alpha-adv        float 0      weight of L_adv, off in the warm-up
+--bn-momentum      float 0 1    share of the moving average in L_BN; 0: none
+--label-input      lte|onehot|noise  what Z reads
+--noisy-layer      reinit|fixed|off  drawn for each batch, once, or no Z at all
+student
+--student-steps    int 1        distillation steps per epoch
+--student-batch    int 2        images in a student step
+--reuse            int 1        times that S learns from an answer of T (R)
+--mix              float 0 1    share of views blended with another
+--lr               float 1e-9   of SGD, falls as a cosine over these epochs to 2e-4
+--weight-decay     float 0      of SGD (momentum 0.9)
+--nesterov         switch       look ahead: Nesterov's kind of momentum
+--temperature      float 1e-9   softens the answers of T and S in L_KD (tau)
+--bank-size        int 1        most images kept, the oldest give way (default: all are kept)
+--crop-padding     int 0 28     zeros around an image to crop
+--flip             switch       mirror half of the images
+"""
 
-def parse_args(argv=None):
+
+def number(kind, low, high=math.inf):
+    """An argparse type: a finite number of this kind, int or float, in [low, high]. argparse shows
+    the error's text after the name of the flag."""
+
+    def parse(text):
+        value = kind(text)
+        inside = low <= value <= high and value != math.inf  # nan is in no interval
+        if not inside:
+            raise argparse.ArgumentTypeError(f"{text} is not in [{low:g}, {high:g}]")
+        return value
+
+    parse.__name__ = kind.__name__  # for argparse's own message where text is no number at all
+    return parse
+
+
+def kind_of(text):
+    """How argparse takes what FLAGS calls: a|b, one of these; switch, --flag and --no-flag; path;
+    text; int or float, with the least and the most that it may be; pixels, a number per channel."""
+    kind, *limits = text.split()
+    limits = [float(limit) for limit in limits]
+    if "|" in kind:
+        return dict(choices=kind.split("|"))
+    if kind == "switch":
+        return dict(action=argparse.BooleanOptionalAction)
+    if kind == "pixels":
+        return dict(type=float, nargs="+")
+    if limits:
+        return dict(type=number(int if kind == "int" else float, *limits))
+    return dict(type=Path if kind == "path" else str)
+
+
+def parse_args(argv=None, image_size=SMALL):
     """The command line -> a Namespace. A wrong one ends with one line on stderr and exit code 2.
 
-    The flags of the preset become the defaults, which --help shows, too; the user's flags win."""
+    The flags of the preset become the defaults, which --help shows, too; the user's flags win.
+    image_size: the teacher's, as soon as it is known; for large images another preset is usual."""
     parser = argparse.ArgumentParser(
         "nayer.py",
         usage="nayer.py [flags]",
@@ -850,94 +955,32 @@ def parse_args(argv=None):
         parser.exit(2, f"nayer.py: error: {message}\n")
 
     parser.error = refuse
-
-    def add(flag, text, kind=str, **more):  # to the group that was opened last
-        if kind is bool:
-            more["action"] = argparse.BooleanOptionalAction  # --flag and --no-flag
-        else:
-            more["type"] = kind
+    for line in FLAGS.strip().splitlines():
+        if line[0] != "-":
+            group = parser.add_argument_group(line)
+            continue
+        flag, kind, text = re.split(" {2,}", line)
         if "default:" not in text:
             text += " (default: %(default)s)"
-        group.add_argument(flag, help=text, **more)
-
-    count, positive, weight = number(int, 1), number(float, 1e-9), number(float, 0)
-    group = parser.add_argument_group("run")
-    add("--dataset", "of the teacher, and to score on", choices=IMAGES)
-    add("--preset", "whose defaults; cpu: the best in an hour", choices=PRESETS)
-    add("--data-root", "folder of the data sets, for scoring alone", Path)
-    add("--out", "folder to write to (default: runs/<dataset>-<teacher>-<student>)", Path)
-    add("--seed", "of all random numbers", number(int, 0, 2**63 - 1))
-    add(
-        "--device",
-        "where to compute; auto: cuda if it is there",
-        choices="auto cuda mps cpu".split(),
-    )
-    add("--resume", "go on after the last finished epoch of the run in --out", bool)
-    add("--eval", "score the student on real test images after every epoch", bool)
-    add(
-        "--agree-batches",
-        "made before the run to judge S on, the later half of them",
-        number(int, 0),
-    )
-    add("--amp", "bf16 autocast (default: where the device is fast with it)", bool)
-    add("--compile", "torch.compile for T, S and G", bool)
-    group = parser.add_argument_group("networks and class names")
-    add("--teacher", "T: name, model file, file.py:function")
-    add("--student", "S: name, or file.py:function")
-    add("--class-names", "file with a name per line (default: those of the teacher)", Path)
-    add("--text-encoder", "Hugging Face name, or local folder")
-    add("--image-size", "pixels, a multiple of 4 (default: the teacher's)", number(int, 8, 224))
-    pixels = "of pixels in [0, 1], per channel, as T was trained (default: its file says)"
-    add("--mean", pixels, number(float, 0, 1), nargs="+")
-    add("--std", pixels, number(float, 1e-6, 1), nargs="+")
-    add("--prompt", "to embed")
-    group = parser.add_argument_group("loop")
-    add("--warmup-epochs", "epochs that only fill M", number(int, 0))
-    add("--warmup-batches", "batches synthesised in each of these", count)
-    add("--epochs", "epochs that follow, with distillation (E)", count)
-    add("--batches", "batches synthesised in each of these", count)
-    group = parser.add_argument_group("generator")
-    add("--synthesis-batch", "images in a batch (B)", number(int, 2))
-    add("--generator-steps", "steps of Z and G for a batch", count)
-    add("--generator-lr", "of Adam, which starts afresh with every batch", positive)
-    add("--generator-life", "epochs until a new generator replaces it", count)
-    add("--generator-width", "channels of its last hidden layer", count)
-    add("--alpha-ce", "weight of L_CE", weight)
-    add("--alpha-bn", "weight of L_BN; 0 if T has no BatchNorm", weight)
-    add("--alpha-adv", "weight of L_adv, off in the warm-up", weight)
-    add("--bn-momentum", "share of the moving average in L_BN; 0: none", number(float, 0, 1))
-    add("--label-input", "what Z reads", choices="lte onehot noise".split())
-    kinds = "reinit fixed off".split()
-    add("--noisy-layer", "drawn for each batch, once, or no Z at all", choices=kinds)
-    group = parser.add_argument_group("student")
-    add("--student-steps", "distillation steps per epoch", count)
-    add("--student-batch", "images in a student step", number(int, 2))
-    add("--reuse", "times that S learns from an answer of T (R)", count)
-    add("--mix", "share of views blended with another", number(float, 0, 1))
-    add("--lr", "of SGD, falls as a cosine over these epochs to 2e-4", positive)
-    add("--weight-decay", "of SGD (momentum 0.9)", weight)
-    add("--nesterov", "look ahead: Nesterov's kind of momentum", bool)
-    add("--temperature", "softens the answers of T and S in L_KD (tau)", positive)
-    add("--bank-size", "most images kept, the oldest give way (default: all are kept)", count)
-    add("--crop-padding", "zeros around an image to crop", number(int, 0, 28))
-    add("--flip", "mirror half of the images", bool)
+        group.add_argument(flag, help=text, **kind_of(kind))
 
     # Which preset? A first look at the command line finds it. Unknown flags are refused below.
     asked, _ = parser.parse_known_args(argv)
     dataset, preset = asked.dataset, asked.preset
     if dataset is None:
-        own = asked.teacher is not None and ".py:" in asked.teacher
-        dataset = "folder" if own else "digits"
+        dataset = "folder" if ".py:" in str(asked.teacher) else "digits"
     if preset is None:
         preset = dataset if dataset in PRESETS else "cifar10"
-    flags = shlex.split(f"{PRESETS['cifar10']} {PRESETS[preset]} --dataset {dataset}")
-    parser.set_defaults(**vars(parser.parse_args(flags)) | dict(preset=preset))
+        if (asked.image_size or image_size) > SMALL:
+            preset = "large"
+    subject = "the digit {class}" if dataset == "digits" else "{class}"
+    flags = f"--dataset {dataset} --preset {preset} --prompt 'a photo of {subject}'"
+    flags = shlex.split(f"{PRESETS['cifar10']} {PRESETS[preset]} {flags}")
+    parser.set_defaults(**vars(parser.parse_args(flags)))
     parser.add_argument("-h", "--help", action="help", help="show this and end")
     args = parser.parse_args(argv)
     if "{class}" not in args.prompt:
         parser.error(f"--prompt {args.prompt!r}: write {{class}} where the class name belongs")
-    if args.image_size and args.image_size % 4:
-        parser.error(f"--image-size {args.image_size} is not a multiple of 4")
     if args.out is None:
         args.out = Path(f"runs/{dataset}-{Path(args.teacher).stem}-{Path(args.student).stem}")
     return args
@@ -1036,10 +1079,20 @@ def build_model(name, num_classes, channels=3, image_size=32):
 
 
 # ---- Model files, and networks of your own -------------------------------------------------------
+INFO = "class_names channels image_size mean std accuracy trained_on architecture command".split()
+OWN_NETWORK = "write a function that returns the network, and give file.py:function"
+
+
+def tensors_of(model):
+    """Its weights and statistics by name: of its state what is a tensor."""
+    state = model.state_dict()
+    return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+
+
 def save_model(path, model, info):
     """One self-describing safetensors file: the weights, with `info`, what json can write, as
     metadata: architecture, class_names, channels, image_size, mean, std, accuracy, ..."""
-    state = {name: t.cpu().contiguous() for name, t in model.state_dict().items()}
+    state = {name: t.cpu().contiguous().clone() for name, t in tensors_of(model).items()}
     metadata = {key: json.dumps(value) for key, value in info.items()}
     with replaced(path) as temporary:
         temporary.write_bytes(safetensors.torch.save(state, metadata))
@@ -1067,117 +1120,180 @@ def load_model(path, model=None):
             model = build_model(
                 name, len(info["class_names"]), info["channels"], info["image_size"]
             )
-        model.load_state_dict(state)
+        whole = model.state_dict()  # with the versions that some networks ask for
+        lost = tensors_of(model).keys() - state.keys()
+        check(not lost, f"{path} lacks {lost}")
+        whole.update(state)
+        model.load_state_dict(whole)
     model.info = info
-    return model.float().eval()
+    model.float().eval()
+    return model
 
 
-def network_from_file(place):
+def network_from_file(place, **known):
     """The nn.Module that `file.py:function` returns: on the CPU, in float32, not wrapped.
 
-    Runs that file. UserError with the first line of the reason if anything in it fails."""
+    known: what the function is given of this if it has an argument of that name. Runs that file.
+    UserError with the reason if anything in it fails."""
     path, _, function = place.rpartition(":")
-    with explained(f"no network from {place}"):
+    argv = mock.patch.object(sys, "argv", [path])  # it must not read the flags of this program
+    with explained(f"no network from {place}", path), argv, torch.enable_grad():
         sys.path.insert(0, str(Path(path).resolve().parent))  # for what lies beside it
-        model = runpy.run_path(path)[function]()
-        if isinstance(model, nn.DataParallel):
-            model = model.module
+        names = runpy.run_path(path)
+        functions = [name for name, value in names.items() if inspect.isfunction(value)]
+        check(function in names, f"{path} has no {function}, it has {', '.join(functions)}")
+        make = names[function]
+        wanted = inspect.signature(make).parameters
+        model = make(**{key: value for key, value in known.items() if key in wanted})
+        model = getattr(model, "module", model)  # of DataParallel
         check(isinstance(model, nn.Module), f"{place}: {type(model).__name__}, not an nn.Module")
         return model.cpu().float()
 
 
-@torch.no_grad()
-def count_outputs(model, name, channels, image_size):
-    """C, by a forward pass on two black images in the mode that the network is in.
+def answer(forward, device_type, bf16, images):
+    """How T, S and G are called. Their answer may be logits, or hold them under that name."""
+    with torch.autocast(device_type, torch.bfloat16, enabled=bf16):
+        found = forward(images)
+    if isinstance(found, Mapping):
+        return found["logits"]
+    return getattr(found, "logits", found)
 
-    UserError if it fails, or gives something else than logits (2, C)."""
-    with explained(f"{name} does not take {channels} channels of {image_size}x{image_size} pixels"):
-        logits = model(torch.zeros(2, channels, image_size, image_size))
+
+def rows_first(forward, images):
+    """For a network that flattens its maps by `.view`, which channels_last does not allow."""
+    return forward(images.contiguous())
+
+
+def trial(model, name, images):
+    """T's or S's logits (2, C) for such images, as the run will ask for them. UserError if they are
+    none, or no gradient passes."""
+    with explained(f"{name} does not take images {list(images.shape)}", name.rpartition(":")[0]):
+        logits = model.forward(images.clone())  # not compiled
     shape = list(getattr(logits, "shape", []))  # of a tensor
-    is_logits = len(shape) == 2 and shape[0] == 2
+    is_logits = len(shape) == 2 and shape[0] == 2 and shape[1] > 1
     text = f"{name} gives {type(logits).__name__} {shape} for two images, not logits (2, classes)"
     check(is_logits, text)
-    return shape[1]
+    check(logits.isfinite().all(), f"the answers of {name} are not finite: is it trained?")
+    # Logarithms of probabilities will do: a softmax of them is the same.
+    is_softmax = logits.min() >= 0 and (logits.sum(1) - 1).abs().max() < 0.01
+    check(not is_softmax, f"{name} gives probabilities: leave out the softmax at its end")
+    check(logits.requires_grad, f"no gradient passes {name}: has its forward a no_grad?")
+    return logits
 
 
 def load_teacher(args):
     """T, frozen, in eval mode, with its description as `.info`: a name in teachers/, a model file,
-    or file.py:function, which cannot describe itself: --dataset and the flags do."""
+    or file.py:function, whose network may bring such a dict along. Flags go before what it says,
+    and that before what is known of --dataset."""
     # Where it comes from.
     name = args.teacher
     if ".py:" in name:
         teacher = network_from_file(name)
-        known = SHIPPED / "class_names.json"
-        names = json.loads(known.read_text()) if known.exists() else {}
-        teacher.info = IMAGES[args.dataset] | dict(class_names=names.get(args.dataset))
+        own = getattr(teacher, "info", None)
+        teacher.info = dict(own) if isinstance(own, dict) else {}  # else it is not ours
+        text = f"the .info of {name} has {list(teacher.info)}, and may have {INFO}"
+        check(teacher.info.keys() <= set(INFO), text)
     elif ".safetensors" in name:
         teacher = load_model(name)
     else:
+        check(re.fullmatch(r"\w+", name), f"no teacher {name}: {OWN_NETWORK}")
         path = SHIPPED / f"{args.dataset}_{name}.safetensors"
         command = f"python teachers/train.py --dataset {args.dataset} --model {name}"
         check(path.exists(), f"no {path}; make it: {command}")
         teacher = load_model(path)
     # What it is: its classes, and the images that it was trained on.
     info = teacher.info
+    flags = vars(args).copy()
+    known = vars(parse_args(IMAGES[args.dataset].split()))
+    names_file = SHIPPED / "class_names.json"
+    if names_file.exists():
+        known["class_names"] = json.loads(names_file.read_text()).get(args.dataset)
     if args.class_names:
-        info["class_names"] = read_names(args.class_names)
-    for key in ("image_size", "mean", "std"):  # a flag goes before what is known
-        info[key] = getattr(args, key) or info.get(key)
-    missing = [key for key in ("image_size", "mean", "std") if not info[key]]
-    if args.label_input == "lte" and not info["class_names"]:
-        missing.append("class_names (--label-input onehot does without)")
-    flags = ", --".join(missing).replace("_", "-")
-    check(not missing, f"{name} does not describe itself: add --{flags}")
-    channels = info.setdefault("channels", len(info["mean"]))
-    fits = channels in (1, 3) and len(info["mean"]) == len(info["std"]) == channels
+        flags["class_names"] = read_names(args.class_names)
+    missing = []
+    for key in ("class_names", "image_size", "mean", "std"):
+        info[key] = flags[key] or info.get(key) or known[key]
+        optional = key == "class_names" and args.label_input != "lte"
+        if not info[key] and not optional:
+            missing.append("--" + key.replace("_", "-"))
+    text = f"{name} does not describe itself: add {' '.join(missing)}, or an .info with it"
+    check(not missing, text + " (--label-input onehot needs no names)")
+    mean, std = info["mean"], info["std"]
+    channels = info["channels"] = len(mean)
+    fits = channels in (1, 3) and len(std) == channels
     check(fits, f"--mean and --std take a number for each channel, 1 or 3: here {channels}")
-    # Does it take such images, and does it know so many classes?
-    C = count_outputs(teacher.eval(), name, channels, info["image_size"])
-    names = info["class_names"] = info["class_names"] or [f"class {k}" for k in range(C)]
-    check(len(names) == C, f"{len(names)} class names, but {name} has {C} outputs")
+    inside = all(0 <= m <= 1 and 0 < s <= 1 for m, s in zip(mean, std))
+    check(inside, f"mean {mean} and std {std} of {name}: pixels are in [0, 1], divide by 255")
     # A resumed run must meet the same weights, wherever the file lies.
-    weights = [tensor.numpy().tobytes() for tensor in teacher.state_dict().values()]
+    weights = [tensor.numpy().tobytes() for tensor in tensors_of(teacher).values()]
     info["sha256"] = hashlib.sha256(b"".join(weights)).hexdigest()
-    return teacher.requires_grad_(False).eval()
+    teacher.eval()
+    teacher.requires_grad_(False)
+    return teacher
+
+
+def plain(name):
+    """A name as people compare them: one Unicode form, no needless space."""
+    return unicodedata.normalize("NFC", " ".join(name.split()))
 
 
 def read_names(path):
     """The lines of a file of class names, a list in their order, none of them twice."""
-    with explained(f"cannot read --class-names {path}"):
-        lines = path.read_text(encoding="utf-8").splitlines()
-    names = [line.strip() for line in lines if line.strip()]
-    check(len(set(names)) == len(names), f"--class-names {path} has a name twice")
-    return names
+    with explained(f"cannot read --class-names {path}: write it in UTF-8"):
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    first = {}  # the number of its line for each name
+    for i, line in enumerate(lines, 1):
+        name = plain(line)
+        if name:
+            before = first.setdefault(name, i)
+            check(before == i, f"--class-names {path}: lines {before} and {i} are both {name!r}")
+    return list(first)
 
 
 def load_student(name, num_classes, channels, image_size):
-    """S with random weights: a name that `build_model` knows, or file.py:function.
-
-    It is tried in train mode, too, since that is how it learns. UserError if it does not fit."""
-    if ".py:" in name:
-        student = network_from_file(name)
-    else:
-        student = build_model(name, num_classes, channels, image_size)
-    before = {key: value.clone() for key, value in student.state_dict().items()}
-    count_outputs(student.train(), name, channels, image_size)  # moves BatchNorm's statistics
-    student.load_state_dict(before)
-    outputs = count_outputs(student.eval(), name, channels, image_size)
-    check(outputs == num_classes, f"{name} has {outputs} outputs, the teacher {num_classes}")
-    return student
+    """S with random weights: a name that `build_model` knows, or file.py:function."""
+    if ".py:" not in name:
+        return build_model(name, num_classes, channels, image_size)
+    known = dict(num_classes=num_classes, channels=channels, image_size=image_size)
+    return network_from_file(name, **known)
 
 
 # ---- Images to score on: no line of this file reads a training image -----------------------------
+def read_image(mode, path):
+    """A picture in this mode of Pillow's, RGB or L. UserError that names it if that cannot be."""
+    from PIL import Image
+
+    with explained(f"cannot read the image {path}"), Image.open(path) as image:
+        deep = image.mode.startswith(("I", "F"))
+        check(not deep, f"{path} has more than 8 bits per channel: convert it to 8")
+        return image.convert(mode)
+
+
 def image_folder(folder, channels, size):
     """torchvision's ImageFolder (a folder per class) of uint8 images (channels, size, size): they
     are resized, cropped in the middle, and converted to gray or colour.
 
-    Reads nothing but names until an image is asked for. Raises an error if there is no image."""
+    Reads nothing but names until an image is asked for; threads read a batch. Hidden files are left
+    out. Raises an error if there is no folder."""
     from torchvision import datasets
     from torchvision.transforms import v2
 
-    gray = [v2.Grayscale()] if channels == 1 else []
-    fit = [v2.Resize(size), v2.CenterCrop(size), *gray, v2.PILToTensor()]
-    return datasets.ImageFolder(folder, v2.Compose(fit))
+    class Folder(datasets.ImageFolder):
+        def __getitems__(self, numbers):
+            with ThreadPoolExecutor() as pool:
+                return list(pool.map(self.__getitem__, numbers))
+
+    def is_wanted(path):
+        hidden = re.search(r"[/\\](\.|__MACOSX)", path[len(str(folder)) :])
+        return datasets.folder.is_image_file(path) and not hidden
+
+    fit = v2.Compose([v2.Resize(size), v2.CenterCrop(size), v2.PILToTensor()])
+    read = partial(read_image, "L" if channels == 1 else "RGB")
+    data = Folder(folder, fit, loader=read, is_valid_file=is_wanted, allow_empty=True)
+    files = sum(path.is_file() for path in Path(folder).rglob("*"))
+    if files > len(data):
+        say(f"{files - len(data)} files in {folder} are no images, or hidden: left out")
+    return data
 
 
 def test_digits(size):
@@ -1209,39 +1325,41 @@ def test_tiny_imagenet(root, channels, size):
 
 def test_folder(folder, class_names, channels, size):
     """A folder per class, with the labels that the teacher gives these names. UserError for a
-    folder that is none of its classes."""
+    folder with images that is none of its classes, and if there is no image."""
     data = image_folder(folder, channels, size)
-    unknown = sorted(set(data.classes) - set(class_names))
-    check(not unknown, f"the teacher knows no class {unknown[:1]}, a folder in {folder}")
-    labels = [class_names.index(name) for name in data.classes]
-    data.samples = [(path, labels[k]) for path, k in data.samples]
+    check(len(data), f"no image in {folder}")
+    known = [plain(name) for name in class_names]
+    samples = []
+    for path, k in data.samples:
+        name = plain(data.classes[k])
+        check(name in known, f"the teacher knows no class {name!r}, a folder in {folder}")
+        samples.append((path, known.index(name)))
+    data.samples = samples
     return data
 
 
 def test_batches(dataset, root, class_names, channels, image_size, device):
-    """Batches (images uint8 (500, channels, size, size), labels (500,)) to score on, in a fixed
+    """Batches (images uint8 (n, channels, size, size), labels (n,)) to score on, in a fixed
     order: small images are decoded once and stay on the device, large ones are read for each pass.
 
     root: the folder of the data sets. class_names: in the order of T's outputs. UserError if images
     are missing, damaged, or not what T was trained on."""
-    size = IMAGES[dataset].get("image_size", image_size)
-    check(size == image_size, f"the teacher reads {image_size} pixels, {dataset} has {size}")
     if dataset == "digits":
-        data = test_digits(size)
+        data = test_digits(image_size)
     elif dataset in ("cifar10", "cifar100"):
         from torchvision import datasets
         from torchvision.transforms import v2
 
         kind = getattr(datasets, dataset.upper())
         with explained(f"{root / kind.base_folder} is missing or damaged; no download"):
-            data = kind(root, train=False, download=True, transform=v2.PILToTensor())
+            fit = v2.Compose([v2.Resize(image_size), v2.PILToTensor()])
+            data = kind(root, train=False, download=True, transform=fit)
     elif dataset == "tiny_imagenet":
-        data = test_tiny_imagenet(root, channels, size)
+        data = test_tiny_imagenet(root, channels, image_size)
     else:
-        data = test_folder(root / "test", class_names, channels, size)
-    workers = min(8, os.cpu_count() or 1) if size > SMALL else 0  # processes that decode
-    batches = torch.utils.data.DataLoader(data, batch_size=500, num_workers=workers)
-    if size > SMALL:
+        data = test_folder(root / "test", class_names, channels, image_size)
+    batches = torch.utils.data.DataLoader(data, SCORED)
+    if image_size > SMALL:
         return batches
     return [(images.to(device), labels.to(device)) for images, labels in batches]
 
@@ -1250,7 +1368,8 @@ def test_batches(dataset, root, class_names, channels, image_size, device):
 @torch.no_grad()
 def predict(model, images, augment):
     """The class (n,) that `model` names for each of `images`, uint8 (n, ch, H, W)."""
-    return model(augment.normalize(images.float() / 255)).argmax(1)
+    parts = images.split(SCORED)
+    return torch.cat([model(augment.normalize(part.float() / 255)).argmax(1) for part in parts])
 
 
 def accuracy(model, batches, augment):
@@ -1267,88 +1386,67 @@ def accuracy(model, batches, augment):
     return float(correct) / seen
 
 
-def agreement(teacher, student, images, augment):
-    """Fraction in [0, 1] of `images`, uint8 (B, ch, H, W), on which S names the class that T names.
+def agreement_batches(run):
+    """Made images for the column `agree` [ours], the fraction of them on which S names T's class.
+    It needs no real image and no label, so it tells how good S is where there are none.
 
-    [ours] Needs no label and no real image: it tells how good S is where there are none."""
-    batches = []
-    for part in images.split(500):  # no more at once than a scoring batch
-        batches.append((part, predict(teacher, part, augment)))
-    return accuracy(student, batches, augment)
-
-
-def agreement_images(run):
-    """Images for the column `agree` [ours], uint8: made before the first epoch, without L_adv, by a
-    generator of their own, which is thrown away. S never meets them, nor their like. The earlier
-    half of them is left out, and those that T takes for another class than the one asked for."""
+    Batches as of `test_batches`, made before the first epoch, without L_adv, by a generator of
+    their own, which is thrown away. S never meets them, nor their like. The earlier half of them is
+    left out, and those that T takes for another class than the one asked for."""
     batches, path = run.args.agree_batches, run.args.out / "agree.pt"
     if batches == 0:
         return []
     if run.rows:  # of a run that goes on
-        return load_tensors(path, run.device)["images"]
-    seed_epoch(run.args.seed, -1)
-    run.new_generator()
-    images, labels, losses = run.make_images(batches, alpha_adv=0.0)
-    check_finite(losses, "the images for `agree`, [batch, step, loss]")
-    run.bn_loss.average = None  # the run itself begins without one
-    half = len(images) // 2
-    images, labels = images[half:], labels[half:]
-    images = images[predict(run.teacher, images, run.augment) == labels]
-    if RANK == 0:
+        kept = load_tensors(path, run.device)
+    else:
+        seed_epoch(run.args.seed, -1)
+        run.new_generator()
+        images, labels, losses = run.make_images(batches, alpha_adv=0.0)
+        check_finite(losses, "the images for `agree`, [batch, step, loss]")
+        run.bn_loss.average = None  # the run itself begins without one
+        half = len(images) // 2
+        images, labels = images[half:], labels[half:]
+        answers = predict(run.teacher, images, run.augment)
+        most = answers.bincount().max() / len(answers)
+        as_asked = answers == labels
+        if most > 0.9:
+            say(f"warning: T names one class for {most:.0%} of its images: `agree` stays empty")
+            as_asked = torch.zeros_like(as_asked)
+        kept = dict(images=images[as_asked], labels=labels[as_asked])
         with replaced(path) as temporary:
-            torch.save(dict(images=images.cpu()), temporary)
-    return images
+            torch.save(kept, temporary)
+    if len(kept["labels"]) == 0:
+        return []
+    return [(kept["images"], kept["labels"])]
 
 
 def score(run, row):
     """Fill the columns `agree`, `accuracy` and `best` of the row, the last of run.rows."""
-    if len(run.agreement_images) > 0:
-        row["agree"] = agreement(run.teacher, run.student, run.agreement_images, run.augment)
+    if run.agreement:
+        row["agree"] = accuracy(run.student, run.agreement, run.augment)
     if run.test:
         row["accuracy"] = accuracy(run.student, run.test, run.augment)
         row["best"] = max(r["accuracy"] for r in run.rows if r["accuracy"] is not None)
 
 
 def draw_samples(path, images, labels, class_names):
-    """A picture of images uint8 (B, ch, H, W) with labels (B,): a column of at most 8 images for
-    each of at most 20 classes, its name on top."""
+    """A picture of a batch, uint8 (B, ch, H, W) with labels (B,) as of `class_sets`: a row for each
+    of the first 8 sets, a column for each of their first 20 classes, its name on top."""
     from matplotlib.figure import Figure
 
-    shown = labels.unique().tolist()
-    shown = shown[:: math.ceil(len(shown) / 20)]
-    height = min(8, labels.bincount()[shown].min().item())  # images in a column
-    framed = F.pad(images, (1, 1, 1, 1), value=255)
-    columns = [torch.cat([*framed[labels == k][:height]], dim=1) for k in shown]
-    picture = torch.cat(columns, dim=2).permute(1, 2, 0)  # (height, width, ch)
-    axes = Figure(figsize=(0.7 * len(shown), 0.7 * height + 0.5)).subplots()
+    K = min(len(class_names), len(images))  # images in a set
+    sets = images[: len(images) // K * K].unflatten(0, (-1, K))[:8, :20]
+    framed = F.pad(sets, (1, 1, 1, 1), value=255)
+    rows, columns, _, height, width = framed.shape
+    picture = framed.permute(0, 3, 1, 4, 2).reshape(rows * height, columns * width, -1)
+    axes = Figure(figsize=(0.7 * columns, 0.7 * rows + 0.5)).subplots()
     axes.imshow(picture.expand(-1, -1, 3).numpy(), interpolation="nearest")
-    for i, k in enumerate(shown):
-        axes.text((i + 0.5) * framed.shape[3], -2, class_names[k], rotation=45)
+    for i, k in enumerate(labels[:columns]):
+        place = (i + 0.5) * width
+        axes.text(place, -2, class_names[k], rotation=45, parse_math=False)
     axes.axis("off")
+    warnings.filterwarnings("ignore", "Glyph")  # a letter that the font has not
     axes.figure.savefig(path, dpi=100, format="png", bbox_inches="tight")
-
-
-def draw_curve(path, rows, teacher_accuracy):
-    """Against seconds: test accuracy, with the teacher's as a line; `agree`, which is no accuracy;
-    the unweighted losses.
-
-    rows: those of log.csv, dicts. teacher_accuracy: in [0, 1], or None."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 4), layout="constrained")
-    panels = figure.subplots(1, 3)
-    if teacher_accuracy is not None:
-        panels[0].axhline(teacher_accuracy, color="gray", linestyle="--", label="teacher")
-    for axes, columns in zip(panels, (["accuracy"], ["agree"], [*LOSSES, "loss_kd"])):
-        for column in columns:
-            known = [row for row in rows if row[column] is not None]
-            heights = [abs(row[column]) for row in known]
-            if known:
-                axes.plot([row["seconds"] for row in known], heights, ".-", label=column)
-                axes.legend()
-        axes.set_xlabel("seconds")
-    panels[2].set_yscale("log", nonpositive="mask")  # L_adv is 0 in the warm-up
-    figure.savefig(path, dpi=100, format="png")
 
 
 # ---- The files of a run --------------------------------------------------------------------------
@@ -1356,14 +1454,13 @@ def draw_curve(path, rows, teacher_accuracy):
 # state or the one before; memory/ holds the bank's images, a file an epoch. No random state is
 # kept: the random numbers of an epoch follow from --seed, the epoch and the rank alone [ours].
 # FREE: flags that a resumed run may change. SHOWN: columns on the console, and their formats.
-FREE = "out preset data_root device resume eval compile teacher class_names".split()
+FREE = "out preset data_root device resume eval compile teacher class_names lock command".split()
 TEACHER = "class_names channels image_size mean std".split()  # what is kept of its description
-PARTS = ["student", "optimizer"]  # of Run, whose state the checkpoint holds
-if RANKS == 1:
-    PARTS += ["generator", "noisy_layer"]  # each of several ranks has its own, and begins new ones
+PARTS = (
+    "student optimizer generator noisy_layer".split()
+)  # of Run, whose state the checkpoint holds
 SHOWN = dict(epoch="d", images="d") | dict.fromkeys([*LOSSES, "loss_kd"], ".4f")
 SHOWN |= dict(agree=".1%", accuracy=".2%", best=".2%", seconds=".1f")
-STEP = ["epoch", "batch", "step", *LOSSES, "loss"]  # of generator.csv
 COLUMNS = [*SHOWN, "seconds_synthesis", "seconds_distillation"]  # of log.csv
 
 
@@ -1371,14 +1468,13 @@ def seed_epoch(seed, epoch):
     """Seed torch from the three, hashed, so that no two epochs or ranks share random numbers.
 
     epoch: its number; -1 for the images that `agree` is read on."""
-    torch.manual_seed(random.Random(repr((seed, epoch, RANK))).getrandbits(63))
+    torch.manual_seed(random.Random(repr((seed, epoch, 0))).getrandbits(63))
 
 
 def say(text):
     """A line on the console, of rank 0 alone. stdout has the table, stderr the bars and errors."""
-    if RANK == 0:
-        with tqdm.external_write_mode():  # the bars make room
-            print(text, flush=True)
+    with tqdm.external_write_mode():  # the bars make room
+        print(text, flush=True)
 
 
 def greet(run):
@@ -1388,8 +1484,6 @@ def greet(run):
     args = run.args
     precision = "bf16" if args.amp else "float32"
     say(f"on {run.device} in {precision}, into {args.out}")
-    if run.device.type == "cpu" and args.preset not in ("digits", "cpu"):
-        say("the published settings take days on a CPU; --preset cpu takes 40 to 70 minutes")
     say("".join(f" {name.removeprefix('loss_'):>8}" for name in SHOWN))
 
 
@@ -1412,16 +1506,13 @@ def check_finite(losses, place):
         raise UserError(f"a loss is not finite in {place} = {bad[0]}: lower --lr or --generator-lr")
 
 
-def note_losses(run, row, losses):
-    """losses (batches, steps, n) of an epoch: into the rows of generator.csv, and the means of the
-    batches' last steps into the row of log.csv. UserError if one is not finite."""
-    epoch = row["epoch"]
-    check_finite(losses, f"epoch {epoch}, [batch, step, loss]")
-    for batch, steps in enumerate(losses.tolist()):
-        for step, values in enumerate(steps):
-            run.steps.append(dict(zip(STEP, (epoch, batch, step, *values), strict=True)))
+def note_losses(row, losses):
+    """The means of the batches' last steps into a row of log.csv. UserError if one is not finite.
+
+    losses: (batches, steps, n) of the epoch."""
+    check_finite(losses, f"epoch {row['epoch']}, [batch, step, loss]")
     means = losses[:, -1, :-1].mean(0)  # without the weighted sum
-    row.update(zip(LOSSES, means.tolist()))
+    row.update(zip(LOSSES, means.tolist(), strict=True))
 
 
 @contextlib.contextmanager
@@ -1450,20 +1541,16 @@ def settings_of(run):
     """What decides the numbers of a run, as json can write it: the flags, but for FREE, and what
     the teacher is, wherever its file lies."""
     settings = {key: value for key, value in vars(run.args).items() if key not in FREE}
-    settings |= {key: run.info[key] for key in (*TEACHER, "sha256")}
-    return settings | dict(ranks=RANKS)
+    return settings | {key: run.info[key] for key in (*TEACHER, "sha256")}
 
 
-def save(run, images, labels):
-    """After an epoch: the tables, a picture, the student, the epoch's images, uint8 (n, ch, H, W)
-    with their labels (n,), and last the checkpoint. Rank 0 alone writes."""
-    if RANK > 0:
-        return
+def save(run, images, labels, losses):
+    """After an epoch: the table, a picture, the student, the epoch's images, uint8 (n, ch, H, W),
+    with their labels (n,) and the losses of all steps (batches, steps, those of LOSSES and their
+    weighted sum), and last the checkpoint."""
     args, out, info, row = run.args, run.args.out, run.info, run.rows[-1]
-    images, labels = images.cpu(), labels.cpu()
     epoch = f"epoch_{row['epoch']:03d}"
     write_table(out / "log.csv", run.rows)
-    write_table(out / "generator.csv", run.steps)
     last = slice(-args.synthesis_batch, None)  # the epoch's last batch
     with replaced(out / f"samples/{epoch}.png") as temporary:
         draw_samples(temporary, images[last], labels[last], info["class_names"])
@@ -1472,16 +1559,15 @@ def save(run, images, labels):
         architecture=args.student,
         accuracy=row["accuracy"],
         trained_on=f"images made from {args.teacher}",
-        command=shlex.join(sys.argv),
+        command=args.command,
     )
     save_model(out / "student.safetensors", run.student, about)
     with replaced(out / f"memory/{epoch}.pt") as temporary:
-        torch.save(dict(images=images, labels=labels), temporary)
+        torch.save(dict(images=images, labels=labels, losses=losses), temporary)
     parts = {name: getattr(run, name).state_dict() for name in PARTS}
-    tables = dict(rows=run.rows, steps=run.steps)
-    checkpoint = dict(settings=settings_of(run), average=run.bn_loss.average) | tables | parts
+    about = dict(settings=settings_of(run), average=run.bn_loss.average, rows=run.rows)
     with replaced(out / "checkpoint.pt") as temporary:
-        torch.save(checkpoint, temporary)
+        torch.save(about | parts, temporary)
 
 
 def load_tensors(path, device):
@@ -1491,24 +1577,51 @@ def load_tensors(path, device):
         return torch.load(path, map_location=device, weights_only=True)
 
 
-def resume(run):
-    """Go back to the checkpoint in --out, if there is one. UserError if it is damaged, or of other
-    settings. On a CPU one process goes on with the same bits; several begin new generators."""
-    path = run.args.out / "checkpoint.pt"
-    with explained(f"cannot write to {run.args.out}"):
-        run.args.out.mkdir(parents=True, exist_ok=True)
+def begin(argv):
+    """The run that these flags ask for. A checkpoint in --out is put into it; UserError if that is
+    damaged, or of other settings. On a CPU the run goes on with the same bits."""
+    args = parse_args(argv)
+    torch.manual_seed(args.seed)  # for the weights of S; each epoch has a seed of its own
+    teacher = load_teacher(args)
+    args = parse_args(argv, teacher.info["image_size"])
+    state = open_folder(args)
+    args.command = shlex.join(["nayer.py", *argv])
+    run = Run(args, teacher)
+    greet(run)
+    if state:
+        resume(run, state)
+    run.agreement = agreement_batches(run)
+    return run
+
+
+def open_folder(args):
+    """The state of the checkpoint in --out, None in a new folder. UserError if another run, which
+    holds the lock for as long as it lives, is at work there."""
+    args.lock = filelock.FileLock(args.out / "lock", timeout=0, is_singleton=True)
+    with explained(f"cannot write to {args.out}, or another run does: choose another --out"):
+        args.out.mkdir(parents=True, exist_ok=True)
+        args.lock.acquire()
+    path = args.out / "checkpoint.pt"
     if not path.exists():
-        return
-    check(run.args.resume, f"{path} is of a run: go on with --resume, or choose another --out")
-    state, new = load_tensors(path, run.device), settings_of(run)
+        return None
+    check(args.resume, f"{path} is of a run: go on with --resume, or choose another --out")
+    state = load_tensors(path, "cpu")
     with explained(f"{path} is not of this nayer.py"):
-        old = state["settings"]
-        changed = [f"{key} {old.get(key)} -> {new[key]}" for key in new if old.get(key) != new[key]]
-        check(not changed, f"{path} is of a run with other settings: {'; '.join(changed)}")
-        for name in PARTS:
-            getattr(run, name).load_state_dict(state[name])
-        run.bn_loss.average = state["average"]
-        run.rows, run.steps = state["rows"], state["steps"]
+        settings = state["settings"]
+        if args.amp is None:  # as it was, also on another machine
+            args.amp = settings["amp"]
+    return state
+
+
+def resume(run, state):
+    """Go back to the state that a checkpoint holds."""
+    new, old = settings_of(run), state["settings"]
+    changed = [f"{key} {old.get(key)} -> {new[key]}" for key in new if old.get(key) != new[key]]
+    check(not changed, f"{run.args.out} is of a run with other settings: {'; '.join(changed)}")
+    for name in PARTS:
+        getattr(run, name).load_state_dict(state[name])
+    run.bn_loss.average = state["average"]
+    run.rows = state["rows"]
     for row in run.rows:  # all epochs, so that the ring stands as it did
         made = load_tensors(run.args.out / f"memory/epoch_{row['epoch']:03d}.pt", run.device)
         run.memory.add(made["images"])
@@ -1524,9 +1637,9 @@ your own teacher:    python nayer.py --teacher my_teacher.py:load --class-names 
 
 
 def finish(run):
-    """summary.json, curve.png, the last lines on the console. Returns the summary: the scores, the
+    """summary.json and the last lines on the console. Returns the summary: the scores, the
     last row of log.csv, and the settings."""
-    out, last = run.args.out, run.rows[-1]
+    args, out, last = run.args, run.args.out, run.rows[-1]
     scores = dict(
         student_accuracy=last["accuracy"],
         best_accuracy=last["best"],
@@ -1538,16 +1651,11 @@ def finish(run):
     samples = (out / "samples").resolve().as_uri()
     channels, size = run.shape
     say(NEXT.format(out=out, samples=samples, shape=(2, channels, size, size)))
-    about = dict(device=str(run.device), torch=torch.__version__, teacher=run.args.teacher)
+    about = dict(device=str(run.device), torch=torch.__version__, teacher=args.teacher)
     summary = scores | last | about | dict(settings=settings_of(run))
-    if RANK == 0:
-        with replaced(out / "summary.json") as temporary:
-            temporary.write_text(json.dumps(summary, indent=2) + "\n")
-        with replaced(out / "curve.png") as temporary:
-            draw_curve(temporary, run.rows, scores["teacher_accuracy"])
-    if RANKS > 1:
-        dist.barrier()  # gloo may abort a rank that leaves while it still holds a tensor
-        dist.destroy_process_group()
+    args.lock.release()
+    with replaced(out / "summary.json") as temporary:
+        temporary.write_text(json.dumps(summary, indent=2) + "\n")
     return summary
 
 
@@ -1564,71 +1672,55 @@ def check(condition, message):
 
 
 @contextlib.contextmanager
-def explained(message):
-    """Any error in the block becomes a UserError: `message`, and one line of the reason."""
+def explained(message, file=None):
+    """Any error in the block becomes a UserError: `message`, and as the reason the kind of error,
+    what it says, and, where it arose in `file`, in which line."""
     try:
         yield
     except UserError:
         raise
-    except Exception as error:
-        lines = (str(error).strip() or type(error).__name__).splitlines()
-        reason = lines[0]
-        if "worker process" in reason:  # the first line says where it was, the last line what
-            reason = lines[-1]
-        raise UserError(f"{message} ({reason[:200]})") from error
+    except (Exception, SystemExit) as error:
+        place = ""
+        reason = " ".join(f"{type(error).__name__}: {error}".split())  # on one line
+        for frame in traceback.extract_tb(error.__traceback__):
+            if frame.filename == file:
+                place = f", line {frame.lineno} of {file}"
+        raise UserError(f"{message} ({reason}{place})") from error
 
 
 def pick_device(name):
     """(device, whether bf16 is fast on it). auto: cuda if it is there, else cpu."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # torchrun's
     device = torch.device(name)
     # Whether it is there, an operation tells.
-    with explained(f"there is no {device} here: use --device cpu, or lower --nproc-per-node"):
+    with explained(f"there is no {device} here: use --device cpu"):
         torch.zeros(1, device=device)
     if device.type == "cuda":
-        torch.cuda.set_device(device)
         return device, torch.cuda.get_device_capability() >= (8, 0)  # Ampere
     supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # not in torch 2.4
     return device, name == "cpu" and supported is not None and supported()
-
-
-def keep_freed_memory():
-    """Ask glibc to keep large freed blocks for the next step. Without this a generator step takes
-    14 % longer (two Zen 3 cores, float32)."""
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        libc = ctypes.CDLL("libc.so.6")
-        for parameter in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-            libc.mallopt(parameter, 2**31 - 1)
 
 
 def run_script(main):
     """Run main() as a program: one clear line and an exit code in the place of a traceback.
 
     0: done. 1: what the user can put right, or what the machine lacks. 2: a wrong command line, see
-    `parse_args`. 130 and 143: stopped by Ctrl-C, by SIGTERM. A fault of this program keeps its
-    traceback."""
+    `parse_args`. 130: stopped by Ctrl-C. A fault of this program keeps its traceback."""
     kept = "finished epochs are kept: go on with the same command and --resume"
 
-    def stop(signum, frame):
-        raise KeyboardInterrupt(128 + signum)
-
-    signal.signal(signal.SIGTERM, stop)
-    keep_freed_memory()
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # for a console without some letter
     try:
         return main()
-    except KeyboardInterrupt as interrupt:  # Ctrl-C, which has no number with it, or SIGTERM
+    except KeyboardInterrupt:  # Ctrl-C
         print(f"\nstopped; {kept}", file=sys.stderr)
-        sys.exit(interrupt.args[0] if interrupt.args else 130)
+        sys.exit(130)
     except (UserError, OSError) as error:
         line = str(error)
     except RuntimeError as error:
         if re.search("out of memory|allocate memory|tried to allocate", str(error)):
             line = "out of memory: lower --synthesis-batch, --student-batch or --bank-size"
-        elif re.search("by peer|NCCL", str(error)):
-            line = f"another process of this run has ended; {kept}"
         else:
             raise
     sys.exit(f"{Path(sys.argv[0]).name}: error: {line}")

@@ -194,9 +194,9 @@ def instead(make):
 
 def gaussian(generator, noisy_layer, inputs):
     """Pixels with the mean and the deviation of the training digits, cut to [0, 1]."""
-    known = nayer.IMAGES["digits"]
-    size = known["image_size"]
-    pixels = torch.randn(len(inputs), 1, size, size) * known["std"][0] + known["mean"][0]
+    known = nayer.parse_args(nayer.IMAGES["digits"].split())
+    size = known.image_size
+    pixels = torch.randn(len(inputs), 1, size, size) * known.std[0] + known.mean[0]
     return pixels.clamp(0, 1)
 
 

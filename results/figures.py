@@ -1,5 +1,6 @@
 """What run folders tell afterwards: python results/figures.py ACTION ...
 
+plot RUN            RUN/curve.png: accuracy, `agree` and the losses against seconds
 strip RUN           RUN/training.png: one image of each class, a row per epoch
 similarities RUN    RUN/label_embeddings.png: cosine similarity of the class names' embeddings,
                     before and after the BatchNorm of the noisy layer
@@ -76,6 +77,22 @@ def learnt(path):
     """Rows of a log.csv or generator.csv without those of epoch -1, which some of the files in this
     folder have: it stands for images that S never meets."""
     return [row for row in read(path) if int(row["epoch"]) >= 0]
+
+
+def generator_rows(run):
+    """A row for each generator step: epoch, batch, step, those of nayer.LOSSES and their sum. The
+    runs in this folder have them in a table, others beside their images."""
+    if (run / "generator.csv").exists():
+        return learnt(run / "generator.csv")
+    rows = []
+    for epoch in epochs(run):
+        file = torch.load(run / "memory" / f"epoch_{epoch:03d}.pt", weights_only=True)
+        for batch, steps in enumerate(file["losses"].tolist()):
+            for step, values in enumerate(steps):
+                row = dict(epoch=epoch, batch=batch, step=step)
+                row.update(zip((*nayer.LOSSES, "loss"), values))
+                rows.append(row)
+    return rows
 
 
 def epochs(run):
@@ -355,6 +372,26 @@ def minutes(out, *runs):
     axes.figure.savefig(out, dpi=100)
 
 
+def plot(run):
+    run = Path(run)
+    rows = learnt(run / "log.csv")
+    teacher_accuracy = summary_of(run)["teacher_accuracy"]
+    figure = Figure(figsize=(12, 4), layout="constrained")
+    panels = figure.subplots(1, 3)
+    if teacher_accuracy is not None:
+        panels[0].axhline(teacher_accuracy, color="gray", linestyle="--", label="teacher")
+    for axes, columns in zip(panels, (["accuracy"], ["agree"], [*nayer.LOSSES, "loss_kd"])):
+        for column in columns:
+            known = [row for row in rows if row[column]]
+            heights = [abs(float(row[column])) for row in known]
+            if known:
+                axes.plot([float(row["seconds"]) for row in known], heights, ".-", label=column)
+                axes.legend()
+        axes.set_xlabel("seconds")
+    panels[2].set_yscale("log", nonpositive="mask")  # L_adv is 0 in the warm-up
+    figure.savefig(run / "curve.png", dpi=100)
+
+
 # ---- Numbers of one run --------------------------------------------------------------------------
 STEPS = (5, 10, 20)  # of a batch, counted from 1, whose L_CE is told if a batch has so many
 
@@ -397,8 +434,8 @@ def curve(run):
     """L_CE by step: the mean over all batches but the run's first one, for which L_BN has no
     average yet."""
     steps = {}
-    for row in learnt(run / "generator.csv"):
-        first_batch = row["epoch"] == "0" and row["batch"] == "0"
+    for row in generator_rows(run):
+        first_batch = int(row["epoch"]) == 0 and int(row["batch"]) == 0
         if not first_batch:
             steps.setdefault(int(row["step"]), []).append(float(row["loss_ce"]))
     return [statistics.fmean(steps[step]) for step in sorted(steps)]
@@ -407,7 +444,7 @@ def curve(run):
 def best_is_last(run):
     """(batches in which the last step has the lowest loss, all batches)"""
     batches = {}
-    for row in learnt(run / "generator.csv"):
+    for row in generator_rows(run):
         batch = (row["epoch"], row["batch"])
         batches.setdefault(batch, []).append(float(row["loss"]))
     count = 0
@@ -513,7 +550,7 @@ def measured(run):
     row["best_is_last"] = count
     row["batches"] = batches
     row["images"] = int(last["images"])
-    generator_steps = len(learnt(run / "generator.csv"))
+    generator_steps = len(generator_rows(run))
     distilled = [line for line in log if line["loss_kd"]]
     student_steps = len(distilled) * int(about["student_steps"])
     row["generator_step"] = seconds_in(run, "seconds_synthesis") / generator_steps
@@ -736,11 +773,18 @@ def counted(half_step, counts):
 
 def untrained_teacher(args, folder):
     """The file of a network with random weights, since not every preset's teacher is shipped."""
-    known = nayer.IMAGES[args.dataset]
+    known = nayer.parse_args(nayer.IMAGES[args.dataset].split())
     names = json.loads((nayer.SHIPPED / "class_names.json").read_text())[args.dataset]
-    channels = len(known["mean"])
-    model = nayer.build_model(args.teacher, len(names), channels, known["image_size"])
-    info = known | dict(architecture=args.teacher, class_names=names, channels=channels)
+    channels = len(known.mean)
+    model = nayer.build_model(args.teacher, len(names), channels, known.image_size)
+    info = dict(
+        architecture=args.teacher,
+        class_names=names,
+        channels=channels,
+        image_size=known.image_size,
+        mean=known.mean,
+        std=known.std,
+    )
     path = folder / f"{args.teacher}.safetensors"
     nayer.save_model(path, model, info)
     return path
@@ -817,6 +861,7 @@ ACTIONS = dict(
     similarities=similarities,
     parts=parts,
     diagram=diagram,
+    plot=plot,
     minutes=minutes,
     numbers=numbers,
     compare=compare,

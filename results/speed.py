@@ -31,8 +31,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import nayer  # noqa: E402
 
-MEAN = nayer.IMAGES["cifar10"]["mean"]
-STD = nayer.IMAGES["cifar10"]["std"]
+KNOWN = nayer.parse_args(nayer.IMAGES["cifar10"].split())
+MEAN = KNOWN.mean
+STD = KNOWN.std
 STEPS = 10  # timed steps of a comparison
 FEW = 3  # where one goes before that does not count: elsewhere, and of the slow plain generator
 
@@ -225,7 +226,7 @@ def compare(rounds=3):
 def half_steps(flags=""):
     """{name: a function that makes so many steps of a half-step}"""
     args = nayer.parse_args(f"--dataset cifar10 --no-eval --out none {flags}".split())
-    run = nayer.Run(args)
+    run = nayer.Run(args, nayer.load_teacher(args))
     labels = nayer.class_sets(10, args.synthesis_batch, run.device)
     inputs = run.label_embeddings[labels]
     memory = nayer.MemoryBank(2000, 3, 32, run.device)

@@ -24,13 +24,14 @@ else in the project reads a training image.
 """
 
 import argparse
+import copy
 import json
 import math
-import os
 import random
 import shlex
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -80,7 +81,7 @@ def parse_args(argv=None):
     add("--epochs", "of a one-cycle run (default: the published recipe, 200)", type=count)
     add("--init", "model file to go on from, for a further cycle of --epochs N", type=Path)
     add("--batch", "images in a step", default=256, type=nayer.number(int, 2))
-    add("--image-size", "pixels (default: known, but of a folder)", type=nayer.number(int, 8, 224))
+    add("--image-size", "pixels (default: known, but of a folder)", type=nayer.number(int, 8, 512))
     add("--channels", "(default: known, 3 of a folder)", type=int, choices=[1, 3])
     add("--mean", "a number per channel (default: known, or measured)", type=pixel, nargs="+")
     add("--std", "(default: likewise)", type=nayer.number(float, 1e-6, 1), nargs="+")
@@ -93,7 +94,7 @@ def parse_args(argv=None):
     add("--embed-labels", "train nothing: a text encoder, Hugging Face name or local folder")
     add("--as", "for --embed-labels: name to write (default: its own)", dest="encoder")
     args = parser.parse_args(argv)
-    known = nayer.IMAGES[args.dataset]
+    known = nayer.parse_args(nayer.IMAGES[args.dataset].split())
     fill_in(args, known)
     problem = what_is_wrong(args, known)
     if problem:
@@ -103,11 +104,11 @@ def parse_args(argv=None):
 
 def fill_in(args, known):
     """What no flag says follows from the data set; of a folder nothing is known."""
-    args.image_size = args.image_size or known.get("image_size")
-    args.mean = args.mean or known.get("mean")
-    args.std = args.std or known.get("std")
+    args.image_size = args.image_size or known.image_size
+    args.mean = args.mean or known.mean
+    args.std = args.std or known.std
     if args.channels is None:
-        args.channels = len(known["mean"]) if known else 3
+        args.channels = len(known.mean) if known.mean else 3
     if args.out is None and args.embed_labels:
         args.out = HERE / "label_embeddings.safetensors"
     if args.out is None:
@@ -126,12 +127,12 @@ def what_is_wrong(args, known):
         return "--model takes a name that nayer.py knows: a model file has no code in it"
     if args.init and not args.epochs:
         return "--init needs --epochs N: it is a further short cycle"
-    if args.image_size is None or args.image_size % 4:
-        return "--dataset folder needs --image-size, a multiple of 4"
-    if known and args.image_size != known["image_size"]:
-        return f"--image-size is for --dataset folder: {args.dataset} has {known['image_size']}"
-    if known and args.channels != len(known["mean"]):
-        return f"--channels is for --dataset folder: {args.dataset} has {len(known['mean'])}"
+    if args.image_size is None:
+        return "--dataset folder needs --image-size"
+    if known.image_size and args.image_size != known.image_size:
+        return f"--image-size is for --dataset folder: {args.dataset} has {known.image_size}"
+    if known.mean and args.channels != len(known.mean):
+        return f"--channels is for --dataset folder: {args.dataset} has {len(known.mean)}"
     for flag in ("mean", "std"):
         values = getattr(args, flag)
         if values and len(values) != args.channels:
@@ -161,12 +162,26 @@ def training_tiny_imagenet(folder, channels, size):
 
 
 def training_folder(root, channels, size):
-    """A folder per class in train/, and the same classes in test/."""
-    pairs = nayer.image_folder(root / "train", channels, size)
-    test_classes, _ = datasets.folder.find_classes(root / "test")
-    if pairs.classes != test_classes:
-        raise ValueError("train/ and test/ do not hold the same classes")
-    return pairs
+    """A folder per class in train/, and the same classes in test/. Folders without an image, such
+    as hidden ones, are none."""
+    train = nayer.image_folder(root / "train", channels, size)
+    test = nayer.image_folder(root / "test", channels, size)
+    names = classes_of(train)
+    lonely = names ^ classes_of(test)
+    text = f"train/ and test/ must hold images of the same classes, but not so {sorted(lonely)}"
+    nayer.check(names and not lonely, text)
+    kept = sorted(names)
+    samples = []
+    for path, k in train.samples:
+        samples.append((path, kept.index(nayer.plain(train.classes[k]))))
+    train.samples = samples
+    train.classes = kept
+    return train
+
+
+def classes_of(data):
+    """The names of the folders with an image in them, a set."""
+    return {nayer.plain(data.classes[k]) for _, k in data.samples}
 
 
 def training_images(args):
@@ -191,8 +206,8 @@ def training_images(args):
 
 def stack(pairs):
     """A small data set decoded at once: images uint8 (N, ch, H, W), labels (N,)."""
-    images, labels = zip(*pairs)
-    return torch.stack(images), torch.tensor(labels)
+    images, labels = zip(*DataLoader(pairs, 500))
+    return torch.cat(images), torch.cat(labels)
 
 
 def keep_or_stream(pairs, args, device):
@@ -210,8 +225,7 @@ def epoch_batches(data, batch):
         for rows in torch.randperm(len(images), device=images.device).split(batch):
             yield images[rows], labels[rows]
     else:
-        workers = min(8, os.cpu_count() or 1)  # processes that decode
-        yield from DataLoader(data, batch, shuffle=True, num_workers=workers)
+        yield from DataLoader(data, batch, shuffle=True)
 
 
 def channel_statistics(data):
@@ -255,8 +269,9 @@ def learning_rate(progress, args):
 
 
 def side_in_epoch(epoch, epochs, args):
-    """Pixels: in a first short cycle 5/8 of the size, then 6/8, 7/8, and from 60 % on all of it."""
-    if args.epochs is None or args.init:
+    """Pixels: in a first short cycle 5/8 of the size, then 6/8, 7/8, and from 60 % on all of it.
+    Always all of it for a network that takes no other size."""
+    if args.epochs is None or args.init or args.fixed_size:
         return args.image_size
     eighths = min(8, 5 + 5 * epoch // epochs)
     return args.image_size * eighths // 8
@@ -288,13 +303,36 @@ def build_model(args, num_classes, before, device, bf16):
 
     UserError if it does not give logits for these images in both modes, as nayer.py needs it."""
     model = nayer.load_student(args.model, num_classes, args.channels, args.image_size)
+    try_out(model, args)
     if before is not None:
         with nayer.explained(f"{args.init} is not a {args.model} for these images and classes"):
             model.load_state_dict(before.state_dict())
     model = model.to(device, memory_format=torch.channels_last)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
-    model.forward = autocast(model.forward)
+    model.forward = partial(nayer.answer, model.forward, device.type, bf16)
     return model
+
+
+def try_out(model, args):
+    """UserError if the network does not take the images in both modes. Notes in the flags whether
+    it takes smaller ones, too."""
+    before = copy.deepcopy(model.state_dict())  # train mode moves BatchNorm's statistics
+    forward = model.forward
+    model.forward = partial(nayer.answer, forward, "cpu", False)
+    smallest = args.image_size * 5 // 8
+    for mode in (False, True):
+        model.train(mode)
+        nayer.trial(model, args.model, noise(args, args.image_size))
+    args.fixed_size = False
+    try:
+        nayer.trial(model, args.model, noise(args, smallest))
+    except nayer.UserError:
+        args.fixed_size = True
+    model.forward = forward
+    model.load_state_dict(before)
+
+
+def noise(args, size):
+    return torch.rand(2, args.channels, size, size).requires_grad_()
 
 
 def settings_of(args, num_images):
