@@ -73,7 +73,6 @@ import time
 import traceback
 import unicodedata
 import warnings
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -676,9 +675,11 @@ class Run:
         names = info["class_names"] = info["class_names"] or [f"class {k}" for k in range(C)]
         check(len(names) == C, f"{len(names)} class names, but {args.teacher} has {C} outputs")
         norms = sum(mean.requires_grad for mean, _ in self.bn_loss.seen)  # that a pass has met
-        channels, size = self.shape
-        line = f"{args.teacher}: {C} classes, {names[0]} to {names[-1]}, {norms} BatchNorm layers, "
-        line += f"{channels} x {size} x {size} pixels, mean {info['mean']}, std {info['std']}"
+        line = (
+            f"{args.teacher}: {C} classes, {names[0]} to {names[-1]}, {norms} BatchNorm layers, "
+            f"{self.shape[0]} x {self.shape[1]} x {self.shape[1]} pixels, "
+            f"mean {info['mean']}, std {info['std']}"
+        )
         if info.get("accuracy"):
             line += f", {info['accuracy']:.2%}, {info.get('trained_on')}"
         say(line)
@@ -1057,9 +1058,8 @@ def build_model(name, num_classes, channels=3, image_size=32):
     if small and re.fullmatch(r"vgg\d\d", name):
         name += "_bn"  # torchvision's name for a VGG with BatchNorm
     known = name in models.list_models(module=models) and channels == 3
-    check(
-        known, f"no {name} for {channels} channels: use wrn16_1, ... or, for 3, a torchvision name"
-    )
+    text = f"no {name} for {channels} channels: use wrn16_1, ... or, for 3, a torchvision name"
+    check(known, f"{text}; {OWN_NETWORK}")
     model = models.get_model(name, weights=None, num_classes=num_classes)
     # Made for 224 pixels: for small images the first layers must not throw away so much.
     if small and isinstance(model, models.ResNet):
@@ -1080,7 +1080,7 @@ def build_model(name, num_classes, channels=3, image_size=32):
 
 # ---- Model files, and networks of your own -------------------------------------------------------
 INFO = "class_names channels image_size mean std accuracy trained_on architecture command".split()
-OWN_NETWORK = "write a function that returns the network, and give file.py:function"
+OWN_NETWORK = "for a network of yours write a function that returns it: file.py:function"
 
 
 def tensors_of(model):
@@ -1112,7 +1112,7 @@ def load_model(path, model=None):
     model: a network to put the weights into, for one that `build_model` does not know. Raises
     UserError if the file is missing, cut, or not one of ours. Runs no code from it."""
     state, metadata = read_safetensors(path)
-    with explained(f"{path} is not an intact model file of nayer.py or teachers/train.py"):
+    with explained(f"{path} is not an intact model file of nayer.py; {OWN_NETWORK}"):
         info = {key: json.loads(text) for key, text in metadata.items()}
         name = info["architecture"]
         if model is None:
@@ -1154,7 +1154,7 @@ def answer(forward, device_type, bf16, images):
     """How T, S and G are called. Their answer may be logits, or hold them under that name."""
     with torch.autocast(device_type, torch.bfloat16, enabled=bf16):
         found = forward(images)
-    if isinstance(found, Mapping):
+    if isinstance(found, dict):
         return found["logits"]
     return getattr(found, "logits", found)
 
@@ -1196,7 +1196,7 @@ def load_teacher(args):
     elif ".safetensors" in name:
         teacher = load_model(name)
     else:
-        check(re.fullmatch(r"\w+", name), f"no teacher {name}: {OWN_NETWORK}")
+        check(re.fullmatch(r"\w+", name), f"no teacher {name}; {OWN_NETWORK}")
         path = SHIPPED / f"{args.dataset}_{name}.safetensors"
         command = f"python teachers/train.py --dataset {args.dataset} --model {name}"
         check(path.exists(), f"no {path}; make it: {command}")
@@ -1459,7 +1459,7 @@ TEACHER = "class_names channels image_size mean std".split()  # what is kept of 
 PARTS = (
     "student optimizer generator noisy_layer".split()
 )  # of Run, whose state the checkpoint holds
-SHOWN = dict(epoch="d", images="d") | dict.fromkeys([*LOSSES, "loss_kd"], ".4f")
+SHOWN = dict(epoch="d", images="d", **dict.fromkeys([*LOSSES, "loss_kd"], ".4f"))
 SHOWN |= dict(agree=".1%", accuracy=".2%", best=".2%", seconds=".1f")
 COLUMNS = [*SHOWN, "seconds_synthesis", "seconds_distillation"]  # of log.csv
 
@@ -1483,7 +1483,7 @@ def greet(run):
     Its columns are those of SHOWN, each nine letters wide, without the `loss_` of their names."""
     args = run.args
     precision = "bf16" if args.amp else "float32"
-    say(f"on {run.device} in {precision}, into {args.out}")
+    say(f"on {run.device} in {precision}, preset {args.preset}, into {args.out}")
     say("".join(f" {name.removeprefix('loss_'):>8}" for name in SHOWN))
 
 
@@ -1532,9 +1532,9 @@ def replaced(path):
 def write_table(path, rows):
     """rows: dicts with the same keys, the columns of a csv file. None is an empty cell."""
     with replaced(path) as temporary, open(temporary, "w", newline="") as file:
-        table = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
-        table.writeheader()
-        table.writerows(rows)
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(rows[0])
+        table.writerows(row.values() for row in rows)
 
 
 def settings_of(run):
@@ -1620,7 +1620,8 @@ def resume(run, state):
     check(not changed, f"{run.args.out} is of a run with other settings: {'; '.join(changed)}")
     for name in PARTS:
         getattr(run, name).load_state_dict(state[name])
-    run.bn_loss.average = state["average"]
+    if state["average"] is not None:
+        run.bn_loss.average = state["average"].to(run.device)
     run.rows = state["rows"]
     for row in run.rows:  # all epochs, so that the ring stands as it did
         made = load_tensors(run.args.out / f"memory/epoch_{row['epoch']:03d}.pt", run.device)
@@ -1698,8 +1699,7 @@ def pick_device(name):
         torch.zeros(1, device=device)
     if device.type == "cuda":
         return device, torch.cuda.get_device_capability() >= (8, 0)  # Ampere
-    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # not in torch 2.4
-    return device, name == "cpu" and supported is not None and supported()
+    return device, name == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
 
 def run_script(main):
@@ -1721,6 +1721,8 @@ def run_script(main):
     except RuntimeError as error:
         if re.search("out of memory|allocate memory|tried to allocate", str(error)):
             line = "out of memory: lower --synthesis-batch, --student-batch or --bank-size"
+        elif "No working C++ compiler" in str(error):
+            line = "--compile finds no compiler here: install one, or leave --compile out"
         else:
             raise
     sys.exit(f"{Path(sys.argv[0]).name}: error: {line}")
