@@ -1,8 +1,8 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = [
-#     "torch>=2.4", "torchvision>=0.19", "transformers>=4.45", "safetensors>=0.4.5",
-#     "scikit-learn>=1.4", "matplotlib>=3.8", "tqdm>=4.66",
+#     "torch>=2.6", "torchvision>=0.21", "transformers>=4.48", "safetensors>=0.4.5",
+#     "scikit-learn>=1.4", "matplotlib>=3.8", "tqdm>=4.66", "filelock>=3.15",
 # ]
 # ///
 """NAYER: data-free knowledge distillation by noisy-layer generation, in one file.
@@ -47,8 +47,8 @@ Where it departs from the authors' code:
  5. The default text encoder is all-MiniLM-L6-v2; theirs is CLIP.
  6. L_BN's statistics have a gradient written by hand, and up-sampling and convolution are one
     operation: the same sums in less time.
- 7. The random numbers of an epoch follow from the seed, the epoch so that a resumed
-    run repeats them.
+ 7. The random numbers of an epoch follow from the seed and the epoch, so that a resumed run
+    repeats them.
  8. Off in the published presets: each answer of T used several times (--reuse), blended views
     (--mix), Nesterov's momentum.
 
@@ -480,8 +480,8 @@ def repeat(step, times):
 
 # ---- Half-step 1. Over G and Z, minimise alpha_ce L_CE + alpha_bn L_BN + alpha_adv L_adv ---------
 # To add a term, touch five places: its name in LOSSES; in `synthesize` its weight in the signature,
-# and its value in the sum and in the stack of `step`; in `Run.make_images` the argument; in
-# `parse_args` the flag, for example add("--alpha-tv", "weight of L_TV", weight, default=0.0).
+# and its value in the sum and in the stack of `step`; in `Run.make_images` the argument; the flag,
+# a line of FLAGS such as "--alpha-tv  float 0  weight of L_TV", and its default, in PRESETS.
 # Its terms, as `synthesize` stacks them: the columns of all tables and pictures follow from these.
 LOSSES = ("loss_ce", "loss_bn", "loss_adv")
 
@@ -663,7 +663,9 @@ class Run:
 
     def take_networks(self, teacher):
         """T and S on the device, and L_BN, which reads T's layers; tried out as they will be used.
-        The first line on the console says what T was taken for."""
+
+        What is wrong with a network is found here, before the first step, and not after the whole
+        warm-up. The first line on the console says what T was taken for."""
         args, info = self.args, self.info
         self.teacher = self.on_device(teacher)
         read = self.teacher if args.alpha_bn else nn.Identity()  # without L_BN no layer is read
@@ -696,8 +698,11 @@ class Run:
         self.try_out(learner, args.student)
 
     def try_out(self, model, name):
-        """`trial` with two images of noise. A network that cannot take channels_last is changed, so
-        that its images, weights and maps are in the usual order."""
+        """`trial` with two images of noise; returns T's or S's logits.
+
+        A network that cannot take channels_last, the fastest order of dimensions for convolutions,
+        is changed, so that its images, weights and maps are in the usual order. The noise has a
+        generator of its own: a check must not change what a run draws."""
         channels, size = self.shape
         noise = torch.Generator().manual_seed(0)
         images = torch.randn(2, channels, size, size, generator=noise).to(self.device)
@@ -1151,7 +1156,10 @@ def network_from_file(place, **known):
 
 
 def answer(forward, device_type, bf16, images):
-    """How T, S and G are called. Their answer may be logits, or hold them under that name."""
+    """How T, S and G are called: `forward(images)`, with bf16 for convolutions and products.
+
+    What a classifier gives may be the logits (B, C), or hold them under that name, as a dict or an
+    object: so do Hugging Face's, and Inception in train mode, whose other answers are not used."""
     with torch.autocast(device_type, torch.bfloat16, enabled=bf16):
         found = forward(images)
     if isinstance(found, dict):
@@ -1165,8 +1173,11 @@ def rows_first(forward, images):
 
 
 def trial(model, name, images):
-    """T's or S's logits (2, C) for such images, as the run will ask for them. UserError if they are
-    none, or no gradient passes."""
+    """T's or S's logits (2, C) for two images (2, ch, H, W) that want a gradient, asked for as the
+    run will do it: in its mode, on its device, in its precision and its order of dimensions.
+
+    name: of the network, for the message. UserError if it fails, if the answers are no logits, or
+    if no gradient would pass, which G and S learn by. The teacher is never in train mode."""
     with explained(f"{name} does not take images {list(images.shape)}", name.rpartition(":")[0]):
         logits = model.forward(images.clone())  # not compiled
     shape = list(getattr(logits, "shape", []))  # of a tensor
@@ -1183,8 +1194,12 @@ def trial(model, name, images):
 
 def load_teacher(args):
     """T, frozen, in eval mode, with its description as `.info`: a name in teachers/, a model file,
-    or file.py:function, whose network may bring such a dict along. Flags go before what it says,
-    and that before what is known of --dataset."""
+    or file.py:function.
+
+    `.info` is a dict: class_names, in the order of T's outputs; image_size in pixels; mean and std
+    of the pixels in [0, 1], a number per channel; channels; and words for whom it may concern. A
+    network of the user may bring one along, with the keys of INFO. A flag goes before what `.info`
+    says, and that before what is known of --dataset. UserError names all that is missing."""
     # Where it comes from.
     name = args.teacher
     if ".py:" in name:
@@ -1238,7 +1253,9 @@ def plain(name):
 
 
 def read_names(path):
-    """The lines of a file of class names, a list in their order, none of them twice."""
+    """The lines of a file of class names, a list in their order, none of them twice.
+
+    Empty lines are passed over, and the mark with which some editors begin a file."""
     with explained(f"cannot read --class-names {path}: write it in UTF-8"):
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     first = {}  # the number of its line for each name
@@ -1251,7 +1268,8 @@ def read_names(path):
 
 
 def load_student(name, num_classes, channels, image_size):
-    """S with random weights: a name that `build_model` knows, or file.py:function."""
+    """S with random weights: a name that `build_model` knows, or file.py:function, which is given
+    num_classes, channels and image_size if it asks for them."""
     if ".py:" not in name:
         return build_model(name, num_classes, channels, image_size)
     known = dict(num_classes=num_classes, channels=channels, image_size=image_size)
@@ -1260,7 +1278,9 @@ def load_student(name, num_classes, channels, image_size):
 
 # ---- Images to score on: no line of this file reads a training image -----------------------------
 def read_image(mode, path):
-    """A picture in this mode of Pillow's, RGB or L. UserError that names it if that cannot be."""
+    """A picture in this mode of Pillow's, RGB or L. UserError that names it if that cannot be.
+
+    Pillow would cut off what is brighter than 255 in an image of 16 or 32 bits per channel."""
     from PIL import Image
 
     with explained(f"cannot read the image {path}"), Image.open(path) as image:
@@ -1452,7 +1472,7 @@ def draw_samples(path, images, labels, class_names):
 # ---- The files of a run --------------------------------------------------------------------------
 # checkpoint.pt is written last in every epoch, so that a kill at any moment leaves this epoch's
 # state or the one before; memory/ holds the bank's images, a file an epoch. No random state is
-# kept: the random numbers of an epoch follow from --seed, the epoch and the rank alone [ours].
+# kept: the random numbers of an epoch follow from --seed and the epoch alone [ours].
 # FREE: flags that a resumed run may change. SHOWN: columns on the console, and their formats.
 FREE = "out preset data_root device resume eval compile teacher class_names lock command".split()
 TEACHER = "class_names channels image_size mean std".split()  # what is kept of its description
@@ -1465,14 +1485,14 @@ COLUMNS = [*SHOWN, "seconds_synthesis", "seconds_distillation"]  # of log.csv
 
 
 def seed_epoch(seed, epoch):
-    """Seed torch from the three, hashed, so that no two epochs or ranks share random numbers.
+    """Seed torch from the two, hashed, so that no two epochs share random numbers.
 
     epoch: its number; -1 for the images that `agree` is read on."""
-    torch.manual_seed(random.Random(repr((seed, epoch, 0))).getrandbits(63))
+    torch.manual_seed(random.Random(repr((seed, epoch, 0))).getrandbits(63))  # 0: of one process
 
 
 def say(text):
-    """A line on the console, of rank 0 alone. stdout has the table, stderr the bars and errors."""
+    """A line on the console. stdout has the table and warnings, stderr the bars and errors."""
     with tqdm.external_write_mode():  # the bars make room
         print(text, flush=True)
 
@@ -1595,8 +1615,10 @@ def begin(argv):
 
 
 def open_folder(args):
-    """The state of the checkpoint in --out, None in a new folder. UserError if another run, which
-    holds the lock for as long as it lives, is at work there."""
+    """The state of the checkpoint in --out, None in a new folder.
+
+    UserError if another run is at work there: each holds a lock, which the operating system takes
+    back when its process ends, however it ends. Two cells of a notebook are one process."""
     args.lock = filelock.FileLock(args.out / "lock", timeout=0, is_singleton=True)
     with explained(f"cannot write to {args.out}, or another run does: choose another --out"):
         args.out.mkdir(parents=True, exist_ok=True)
