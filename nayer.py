@@ -14,7 +14,7 @@ it the label-text embedding (LTE) of the class name, which is constant, and puts
 a noisy layer Z between the two, drawn anew for every batch:  x = G(Z(e_y)).
 
     python nayer.py                            digits on a laptop's CPU, no download
-    python nayer.py --dataset cifar10          the published job, for a GPU
+    python nayer.py --dataset cifar10          the published settings, for a GPU
     python nayer.py --teacher file.py:load     your own network, and no data (see README.md)
 
     paper   meaning                                  in this file
@@ -28,7 +28,8 @@ a noisy layer Z between the two, drawn anew for every batch:  x = G(Z(e_y)).
     L_BN    distance to T's BatchNorm statistics     BatchNormLoss, --alpha-bn
     L_adv   where S agrees with T, drive them apart  adversarial_loss, --alpha-adv
     L_KD    distance of S's answers from T's         distillation_loss, --temperature (tau)
-    B images in a batch, C classes, D embedding size, H hidden size, N noisy matrices
+    B images in a batch, C classes, D embedding size, H hidden size, N noisy matrices, K images of a
+    matrix, E epochs with distillation, R uses of an answer of T
 
 Tags: [paper] stated in the paper, [code] only in the authors' code, [ours] our own decision.
 
@@ -42,7 +43,7 @@ Where it departs from the authors' code:
 
  1. S stays in eval mode while G learns; theirs is in train mode from an epoch's second batch on.
  2. The result is the accuracy of the last epoch. The best, chosen on test images, stands beside.
- 3. Convolutions compute in bf16 where that is fast (--no-amp: float32, as theirs); T is frozen.
+ 3. Convolutions compute in bf16 where that is fast (--no-amp: float32, on a GPU TF32).
  4. M is one tensor of rounded bytes on the device; theirs is a folder of truncated PNG files.
  5. The default text encoder is all-MiniLM-L6-v2; theirs is CLIP.
  6. L_BN's statistics have a gradient written by hand, and up-sampling and convolution are one
@@ -92,7 +93,7 @@ SHIPPED = Path(__file__).resolve().parent / "teachers"  # trained teachers, labe
 TEXT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"  # made the shipped embeddings
 HIDDEN_SIZE = 1000  # H, what Z gives to G [code]
 NOISE_SIZE = 256  # numbers per image, for --label-input noise
-SCORED = 200  # images that T or S is asked about at once where no gradient is needed
+SCORED = 200  # images in a batch where no gradient is needed
 SMALL = 64  # pixels; for larger images G is deeper [code], and test images stay on disk
 
 # How a data set's images look, and were normalised for its teachers: flags, as you type them.
@@ -106,7 +107,8 @@ IMAGES = dict(
 
 # A preset is a piece of command line that stands before yours, so that your flags win. What it
 # leaves out is as in cifar10, the published run, whose settings are all here. The first three are
-# those of the authors' scripts [code]. `python nayer.py --help` says what each flag means.
+# those of the authors' scripts [code], but for the text encoder and --agree-batches. What each flag
+# means says `python nayer.py --help`.
 PRESETS = dict(
     cifar10=(
         f"--teacher wrn40_2 --student wrn16_2 --text-encoder {TEXT_ENCODER} "
@@ -116,7 +118,7 @@ PRESETS = dict(
         "--label-input lte --noisy-layer reinit "
         "--student-steps 400 --student-batch 512 --reuse 1 --mix 0 --lr 0.2 --weight-decay 1e-4 "
         "--no-nesterov --temperature 20 --crop-padding 4 --flip "
-        "--seed 0 --device auto --no-compile --no-resume --data-root data --eval --agree-batches 10"
+        "--seed 0 --device auto --no-compile --no-resume --data-root data --agree-batches 10"
     ),
     cifar100="--generator-steps 40",
     tiny_imagenet=(
@@ -141,7 +143,7 @@ PRESETS = dict(
         "--student-steps 1200 --student-batch 64 --reuse 4 --mix 0.5 "
         "--lr 0.1 --weight-decay 5e-4 --nesterov"
     ),
-    # [ours] For teachers of images above 64 pixels: all is smaller than in cifar10, M is a ring.
+    # [ours] For teachers of images above 64 pixels: smaller batches, and a limit to M.
     large="--student resnet18 --synthesis-batch 32 --student-batch 64 --bank-size 20000",
 )
 
@@ -163,7 +165,7 @@ def label_text_embeddings(class_names, encoder, prompt):
             if json.loads(made_of) == [encoder, prompt, class_names]:
                 return tensors[dataset].float()  # (C, D)
     remedy = "see --text-encoder, or do without: --label-input onehot"
-    with explained(f"no text encoder {encoder} here or on the hub; {remedy}"):
+    with explained(f"no text encoder {encoder} here or on the hub, or not a usable one; {remedy}"):
         from huggingface_hub import constants, get_session
         from transformers import AutoModel, AutoTokenizer
 
@@ -178,22 +180,22 @@ def label_text_embeddings(class_names, encoder, prompt):
             tokenizer.pad_token = tokenizer.eos_token
         if model.config.is_encoder_decoder:  # T5
             model = model.get_encoder()
-    names = [re.sub("[_-]", " ", name) for name in class_names]  # [code]
-    texts = [prompt.replace("{class}", name) for name in names]
-    siglip = model.config.model_type.startswith("siglip")  # trained on texts of one length
-    tokens = tokenizer(
-        texts,
-        padding="max_length" if siglip else True,
-        truncation=True,
-        return_tensors="pt",
-        return_token_type_ids=False,
-    )
-    if hasattr(model, "get_text_features"):
-        features = model.get_text_features(**tokens)
-        return getattr(features, "pooler_output", features).float()  # transformers 5 wraps it
-    hidden = model(**tokens).last_hidden_state  # (C, tokens, D)
-    mask = tokens["attention_mask"][:, :, None]  # 0 where a short text was filled up
-    return ((hidden * mask).sum(1) / mask.sum(1)).float()  # (C, D)
+        names = [re.sub("[_-]", " ", name) for name in class_names]  # [code]
+        texts = [prompt.replace("{class}", name) for name in names]
+        siglip = model.config.model_type.startswith("siglip")  # trained on texts of one length
+        tokens = tokenizer(
+            texts,
+            padding="max_length" if siglip else True,
+            truncation=True,
+            return_tensors="pt",
+            return_token_type_ids=False,
+        )
+        if hasattr(model, "get_text_features"):
+            features = model.get_text_features(**tokens)
+            return getattr(features, "pooler_output", features).float()  # transformers 5 wraps it
+        hidden = model(**tokens).last_hidden_state  # (C, tokens, D)
+        mask = tokens["attention_mask"][:, :, None]  # 0 where a short text was filled up
+        return ((hidden * mask).sum(1) / mask.sum(1)).float()  # (C, D)
 
 
 def check_distinct(embeddings, class_names):
@@ -340,8 +342,8 @@ class BatchNormLoss:
     gradient is scaled by 0.1; without that, L_BN drowns the class term. The average outlives the
     generator. Hooks read the layers' inputs, and only while gradients are recorded, so that they
     cost nothing while the student learns. Call it for the loss of the last pass, a float32 scalar;
-    `.update()` moves the average, once per batch (first, sets it). Made when T is on its device. A
-    layer that T's forward does not use adds nothing."""
+    `.update()` moves the average, once per batch (the first time, sets it). Made when T is on its
+    device. A layer that T's forward does not use adds nothing."""
 
     def __init__(self, teacher, momentum):
         self.momentum = momentum
@@ -421,7 +423,7 @@ class MemoryBank:
         return min(self.added, len(self.images))
 
     def add(self, images):
-        """images: uint8 (B, ch, H, W). Of more than fit, the last are kept."""
+        """images: uint8 (B, ch, H, W). If there are more than fit, the last ones are kept."""
         capacity = len(self.images)
         numbers = torch.arange(self.added, self.added + len(images), device=images.device)
         places = numbers[-capacity:] % capacity
@@ -481,7 +483,7 @@ def repeat(step, times):
 # ---- Half-step 1. Over G and Z, minimise alpha_ce L_CE + alpha_bn L_BN + alpha_adv L_adv ---------
 # To add a term, touch five places: its name in LOSSES; in `synthesize` its weight in the signature,
 # and its value in the sum and in the stack of `step`; in `Run.make_images` the argument; the flag,
-# a line of FLAGS such as "--alpha-tv  float 0  weight of L_TV", and its default, in PRESETS.
+# a line of FLAGS such as "--alpha-tv  float 0 9  weight of L_TV", and its default, in PRESETS.
 # Its terms, as `synthesize` stacks them: the columns of all tables and pictures follow from these.
 LOSSES = ("loss_ce", "loss_bn", "loss_adv")
 
@@ -524,7 +526,8 @@ def synthesize(
         views = augment(images)  # afresh at each step; T and S see the same
         # A network may write into its input, hence the copy. In bf16 where fast: see Run.on_device.
         teacher_logits = teacher(views.clone()).float()
-        # T must say y, T's layers must see what they saw in training, S must not know it yet.
+        # T must say y, T's layers must see what they saw in training; where S says y, too, it
+        # must be far from T still.
         loss_ce = F.cross_entropy(teacher_logits, labels)
         loss_bn = bn_loss() if alpha_bn else zero
         loss_adv = adversarial_loss(student(views), teacher_logits) if alpha_adv else zero
@@ -553,7 +556,7 @@ def blend(views, fraction):
 def lessons(teacher, memory, augment, batch, pool, reuse, mix):
     """Endless batches to learn from: views (batch, ch, H, W) and T's logits on them (batch, C).
 
-    T is asked about `pool` batches of new views together, and S passes `reuse` times over them,
+    T is asked about `pool` batches of new views in advance, and S passes `reuse` times over them,
     each time in another order; then come new ones."""
     while True:
         views = augment(memory.sample(pool * batch).float() / 255)
@@ -588,7 +591,7 @@ def distill(
     mix [ours]: share of views blended with another; 0.5: +3.0 points (1.2 to 4.8) on CIFAR-10."""
     student.train()
     student.requires_grad_(True)
-    pool = 1  # batches that T is asked about together; for R = 1 new views at every step
+    pool = 1  # batches that T is asked about in advance; for R = 1 new views at every step
     if reuse > 1:
         most = 2**27 // (batch * memory.images[0].numel())  # batches of views in 512 MiB
         pool = max(1, min(math.ceil(steps / reuse), most))
@@ -646,7 +649,7 @@ class Run:
         else:
             embeddings = torch.zeros(len(names), NOISE_SIZE)  # noise takes their place
         self.label_embeddings = embeddings.to(self.device)  # (C, D)
-        self.new_generator()
+        self.new_generator()  # a checkpoint is loaded into these; a new run makes others
         batches = args.warmup_epochs * args.warmup_batches + args.epochs * args.batches
         capacity = args.bank_size or batches * args.synthesis_batch
         self.memory = MemoryBank(capacity, *self.shape, self.device)
@@ -659,7 +662,7 @@ class Run:
                 self.test = test_batches(
                     args.dataset, args.data_root, names, *self.shape, self.device
                 )
-                info["accuracy"] = accuracy(self.teacher, self.test, self.augment)
+            info["accuracy"] = accuracy(self.teacher, self.test, self.augment)
 
     def take_networks(self, teacher):
         """T and S on the device, and L_BN, which reads T's layers; tried out as they will be used.
@@ -676,7 +679,8 @@ class Run:
         C = logits.shape[1]
         names = info["class_names"] = info["class_names"] or [f"class {k}" for k in range(C)]
         check(len(names) == C, f"{len(names)} class names, but {args.teacher} has {C} outputs")
-        norms = sum(mean.requires_grad for mean, _ in self.bn_loss.seen)  # that a pass has met
+        # A layer that the pass has met was read, so that its mean depends on the images.
+        norms = sum(mean.requires_grad for mean, _ in self.bn_loss.seen)
         line = (
             f"{args.teacher}: {C} classes, {names[0]} to {names[-1]}, {norms} BatchNorm layers, "
             f"{self.shape[0]} x {self.shape[1]} x {self.shape[1]} pixels, "
@@ -685,8 +689,8 @@ class Run:
         if info.get("accuracy"):
             line += f", {info['accuracy']:.2%}, {info.get('trained_on')}"
         say(line)
-        usable = norms or args.alpha_bn == 0
-        check(usable, f"{args.teacher} passes no BatchNorm2d for L_BN: add --alpha-bn 0")
+        text = f"{args.teacher} passes no BatchNorm2d for L_BN: add --alpha-bn 0"
+        check(norms or args.alpha_bn == 0, text)
         if norms and not any(layer.running_mean.any() for layer in self.bn_loss.layers):
             say("warning: T's BatchNorm statistics are those of a new network: is it trained?")
         self.student = self.on_device(load_student(args.student, C, *self.shape))
@@ -740,8 +744,8 @@ class Run:
         self.generator = self.on_device(Generator(hidden_size, *self.shape, args.generator_width))
 
     def make_images(self, num_batches, alpha_adv):
-        """So many new batches. Returns their images, uint8 (n, ch, H, W), their labels (n,), and
-        the losses of the generator steps (batches, steps, len(LOSSES) + 1)."""
+        """Make `num_batches` new batches. Returns their images, uint8 (n, ch, H, W), their labels
+        (n,), and the losses of the generator steps (batches, steps, len(LOSSES) + 1)."""
         args = self.args
         all_images, all_labels, all_losses = [], [], []
         for _ in range(num_batches):
@@ -851,73 +855,73 @@ ABOUT = """Data-free knowledge distillation by noisy-layer generation (NAYER).
 T teacher, S student, G generator, Z noisy layer, M memory of synthetic images, L_... losses."""
 USUAL = """The usual commands:
     python nayer.py                         digits on a CPU, no download
-    python nayer.py --dataset cifar10       the published run, for a GPU
+    python nayer.py --dataset cifar10       the published settings, for a GPU
     python nayer.py --teacher file.py:load  your own network, and no data; see README.md
 The defaults are the preset's: --help with another --dataset or --preset shows others."""
 
-# Each flag, what it takes (see `kind_of`), and what --help says. A line alone heads a group. To add
-# one, write a line here, and its default into the preset cifar10.
+# Each flag, what it takes (see `kind_of`), and what --help says, with two spaces between. A line
+# alone heads a group. To add a flag, write a line here, and its default into the preset cifar10.
 FLAGS = """
 run
---dataset          digits|cifar10|cifar100|tiny_imagenet|folder  of T, and to score on
---preset           digits|cifar10|cifar100|tiny_imagenet|cpu|large  whose defaults
+--dataset          digits|cifar10|cifar100|tiny_imagenet|folder  that T was trained on
+--preset           digits|cifar10|cifar100|tiny_imagenet|cpu|large  whose settings are the defaults
 --data-root        path         folder of the data sets, for scoring alone
 --out              path         to write to (default: runs/<dataset>-<teacher>-<student>)
 --seed             int 0 9e18   of all random numbers
 --device           auto|cuda|mps|cpu  where to compute; auto: cuda if it is there
 --resume           switch       go on after the last finished epoch of the run in --out
 --eval             switch       score the student on real test images after every epoch
---agree-batches    int 0        made before the run to judge S on, the later half of them
+--agree-batches    int 0 1e9    batches made before the run, on which S is judged
 --amp              switch       bf16 autocast (default: where the device is fast with it)
 --compile          switch       torch.compile for T, S and G
 networks and class names
 --teacher          text         T: name, model file, file.py:function
 --student          text         S: name, or file.py:function
---class-names      path         file with a name per line (default: those of the teacher)
+--class-names      names        file with a name per line (default: those of the teacher)
 --text-encoder     text         Hugging Face name, or local folder
 --image-size       int 8 512    pixels (default: the teacher's)
---mean             pixels       of them, per channel, as T was trained (default: the teacher's)
---std              pixels       likewise
---prompt           text         to embed
+--mean             pixels       of pixels in [0, 1], per channel (default: the teacher's)
+--std              pixels       of pixels likewise (default: the teacher's)
+--prompt           text         that is embedded; {class} stands for a class name
 loop
---warmup-epochs    int 0        epochs that only fill M
---warmup-batches   int 1        batches synthesised in each of these
---epochs           int 1        epochs that follow, with distillation (E)
---batches          int 1        batches synthesised in each of these
+--warmup-epochs    int 0 1e9    epochs that only fill M
+--warmup-batches   int 1 1e9    batches synthesised in each of these
+--epochs           int 1 1e9    epochs that follow, with distillation (E)
+--batches          int 1 1e9    batches synthesised in each of these
 generator
---synthesis-batch  int 2        images in a batch (B)
---generator-steps  int 1        steps of Z and G for a batch
---generator-lr     float 1e-9   of Adam, which starts afresh with every batch
---generator-life   int 1        epochs until a new generator replaces it
---generator-width  int 1        channels of its last hidden layer
---alpha-ce         float 0      weight of L_CE
---alpha-bn         float 0      weight of L_BN; 0 if T has no BatchNorm
---alpha-adv        float 0      weight of L_adv, off in the warm-up
+--synthesis-batch  int 2 1e9    images in a batch (B)
+--generator-steps  int 1 1e9    steps of Z and G for a batch
+--generator-lr     float 1e-9 1e38  of Adam, which starts afresh with every batch
+--generator-life   int 1 1e9    epochs until a new generator replaces it
+--generator-width  int 1 1e9    channels of its last hidden layer
+--alpha-ce         float 0 1e38   weight of L_CE
+--alpha-bn         float 0 1e38   weight of L_BN; 0 if T has no BatchNorm
+--alpha-adv        float 0 1e38   weight of L_adv, off in the warm-up
 --bn-momentum      float 0 1    share of the moving average in L_BN; 0: none
 --label-input      lte|onehot|noise  what Z reads
 --noisy-layer      reinit|fixed|off  drawn for each batch, once, or no Z at all
 student
---student-steps    int 1        distillation steps per epoch
---student-batch    int 2        images in a student step
---reuse            int 1        times that S learns from an answer of T (R)
+--student-steps    int 1 1e9    distillation steps per epoch
+--student-batch    int 2 1e9    images in a student step
+--reuse            int 1 1e9    times that S learns from an answer of T (R)
 --mix              float 0 1    share of views blended with another
---lr               float 1e-9   of SGD, falls as a cosine over these epochs to 2e-4
---weight-decay     float 0      of SGD (momentum 0.9)
+--lr               float 2e-4 1e38  of SGD, falls as a cosine over --epochs to 2e-4
+--weight-decay     float 0 1e38   of SGD (momentum 0.9)
 --nesterov         switch       look ahead: Nesterov's kind of momentum
---temperature      float 1e-9   softens the answers of T and S in L_KD (tau)
---bank-size        int 1        most images kept, the oldest give way (default: all are kept)
+--temperature      float 1e-9 1e9  softens the answers of T and S in L_KD (tau)
+--bank-size        int 1 1e9    most images kept, the oldest give way (default: all are kept)
 --crop-padding     int 0 28     zeros around an image to crop
 --flip             switch       mirror half of the images
 """
 
 
-def number(kind, low, high=math.inf):
-    """An argparse type: a finite number of this kind, int or float, in [low, high]. argparse shows
-    the error's text after the name of the flag."""
+def number(kind, low, high):
+    """An argparse type: a number of this kind, int or float, in [low, high]. argparse shows the
+    error's text after the name of the flag."""
 
     def parse(text):
         value = kind(text)
-        inside = low <= value <= high and value != math.inf  # nan is in no interval
+        inside = low <= value <= high  # nan is in no interval
         if not inside:
             raise argparse.ArgumentTypeError(f"{text} is not in [{low:g}, {high:g}]")
         return value
@@ -928,7 +932,8 @@ def number(kind, low, high=math.inf):
 
 def kind_of(text):
     """How argparse takes what FLAGS calls: a|b, one of these; switch, --flag and --no-flag; path;
-    text; int or float, with the least and the most that it may be; pixels, a number per channel."""
+    text; int or float, with the least and the most that it may be; pixels, a number per channel;
+    names, a file of them."""
     kind, *limits = text.split()
     limits = [float(limit) for limit in limits]
     if "|" in kind:
@@ -939,6 +944,8 @@ def kind_of(text):
         return dict(type=float, nargs="+")
     if limits:
         return dict(type=number(int if kind == "int" else float, *limits))
+    if kind == "names":
+        return dict(type=read_names)
     return dict(type=Path if kind == "path" else str)
 
 
@@ -972,15 +979,17 @@ def parse_args(argv=None, image_size=SMALL):
 
     # Which preset? A first look at the command line finds it. Unknown flags are refused below.
     asked, _ = parser.parse_known_args(argv)
-    dataset, preset = asked.dataset, asked.preset
+    dataset, preset, scored = asked.dataset, asked.preset, "--eval"
     if dataset is None:
-        dataset = "folder" if ".py:" in str(asked.teacher) else "digits"
+        dataset = "digits"
+        if ".py:" in str(asked.teacher):  # a network of the user's, who may have no image
+            dataset, scored = "folder", "--no-eval"
     if preset is None:
         preset = dataset if dataset in PRESETS else "cifar10"
         if (asked.image_size or image_size) > SMALL:
             preset = "large"
     subject = "the digit {class}" if dataset == "digits" else "{class}"
-    flags = f"--dataset {dataset} --preset {preset} --prompt 'a photo of {subject}'"
+    flags = f"--dataset {dataset} --preset {preset} --prompt 'a photo of {subject}' {scored}"
     flags = shlex.split(f"{PRESETS['cifar10']} {PRESETS[preset]} {flags}")
     parser.set_defaults(**vars(parser.parse_args(flags)))
     parser.add_argument("-h", "--help", action="help", help="show this and end")
@@ -1089,7 +1098,7 @@ OWN_NETWORK = "for a network of yours write a function that returns it: file.py:
 
 
 def tensors_of(model):
-    """Its weights and statistics by name: of its state what is a tensor."""
+    """The tensors of its state, by name: weights and statistics."""
     state = model.state_dict()
     return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
 
@@ -1125,7 +1134,7 @@ def load_model(path, model=None):
             model = build_model(
                 name, len(info["class_names"]), info["channels"], info["image_size"]
             )
-        whole = model.state_dict()  # with the versions that some networks ask for
+        whole = model.state_dict()  # with what is no tensor, and the versions that some ask for
         lost = tensors_of(model).keys() - state.keys()
         check(not lost, f"{path} lacks {lost}")
         whole.update(state)
@@ -1173,22 +1182,23 @@ def rows_first(forward, images):
 
 
 def trial(model, name, images):
-    """T's or S's logits (2, C) for two images (2, ch, H, W) that want a gradient, asked for as the
-    run will do it: in its mode, on its device, in its precision and its order of dimensions.
+    """T's or S's logits (2, C) for two images (2, ch, H, W) that require a gradient, asked for as
+    the run will do it: in its mode, on its device, in its precision and order of dimensions.
 
     name: of the network, for the message. UserError if it fails, if the answers are no logits, or
     if no gradient would pass, which G and S learn by. The teacher is never in train mode."""
-    with explained(f"{name} does not take images {list(images.shape)}", name.rpartition(":")[0]):
+    file = name.rpartition(":")[0]
+    with explained(f"{name} gives no logits for images {list(images.shape)}", file):
         logits = model.forward(images.clone())  # not compiled
-    shape = list(getattr(logits, "shape", []))  # of a tensor
-    is_logits = len(shape) == 2 and shape[0] == 2 and shape[1] > 1
-    text = f"{name} gives {type(logits).__name__} {shape} for two images, not logits (2, classes)"
-    check(is_logits, text)
+        count, classes = logits.shape
+    text = f"{name} gives {count} x {classes} numbers for two images, not logits (2, classes)"
+    check(count == 2 and classes > 1, text)
     check(logits.isfinite().all(), f"the answers of {name} are not finite: is it trained?")
     # Logarithms of probabilities will do: a softmax of them is the same.
     is_softmax = logits.min() >= 0 and (logits.sum(1) - 1).abs().max() < 0.01
     check(not is_softmax, f"{name} gives probabilities: leave out the softmax at its end")
-    check(logits.requires_grad, f"no gradient passes {name}: has its forward a no_grad?")
+    with explained(f"no gradient passes {name}: has its forward a no_grad?", file):
+        logits.sum().backward()
     return logits
 
 
@@ -1197,7 +1207,7 @@ def load_teacher(args):
     or file.py:function.
 
     `.info` is a dict: class_names, in the order of T's outputs; image_size in pixels; mean and std
-    of the pixels in [0, 1], a number per channel; channels; and words for whom it may concern. A
+    of the pixels in [0, 1], a number per channel; channels; accuracy and other remarks. A
     network of the user may bring one along, with the keys of INFO. A flag goes before what `.info`
     says, and that before what is known of --dataset. UserError names all that is missing."""
     # Where it comes from.
@@ -1218,22 +1228,24 @@ def load_teacher(args):
         teacher = load_model(path)
     # What it is: its classes, and the images that it was trained on.
     info = teacher.info
-    flags = vars(args).copy()
-    known = vars(parse_args(IMAGES[args.dataset].split()))
+    flags = vars(args)
+    known = vars(parse_args(IMAGES[args.dataset].split()))  # of these, the four below
     names_file = SHIPPED / "class_names.json"
     if names_file.exists():
         known["class_names"] = json.loads(names_file.read_text()).get(args.dataset)
-    if args.class_names:
-        flags["class_names"] = read_names(args.class_names)
-    missing = []
-    for key in ("class_names", "image_size", "mean", "std"):
-        info[key] = flags[key] or info.get(key) or known[key]
-        optional = key == "class_names" and args.label_input != "lte"
-        if not info[key] and not optional:
-            missing.append("--" + key.replace("_", "-"))
-    text = f"{name} does not describe itself: add {' '.join(missing)}, or an .info with it"
-    check(not missing, text + " (--label-input onehot needs no names)")
-    mean, std = info["mean"], info["std"]
+    text = "class_names and, of numbers, mean and std are lists; image_size is a number of 8 to 512"
+    with explained(f"the description of {name}: {text}"):
+        missing = []
+        for key in ("class_names", "image_size", "mean", "std"):
+            info[key] = flags[key] or info.get(key) or known[key]
+            optional = key == "class_names" and args.label_input != "lte"
+            if not info[key] and not optional:
+                missing.append("--" + key.replace("_", "-"))
+        text = f"{name} does not describe itself: add {' '.join(missing)}, or an .info with it"
+        check(not missing, text + " (--label-input onehot needs no names)")
+        info["image_size"] = number(int, 8, 512)(info["image_size"])
+        mean = info["mean"] = [float(value) for value in info["mean"]]
+        std = info["std"] = [float(value) for value in info["std"]]
     channels = info["channels"] = len(mean)
     fits = channels in (1, 3) and len(std) == channels
     check(fits, f"--mean and --std take a number for each channel, 1 or 3: here {channels}")
@@ -1255,15 +1267,17 @@ def plain(name):
 def read_names(path):
     """The lines of a file of class names, a list in their order, none of them twice.
 
-    Empty lines are passed over, and the mark with which some editors begin a file."""
+    Empty lines are passed over, and the mark with which some editors begin a file. (`.info` may
+    have a name twice, as ImageNet does.)"""
     with explained(f"cannot read --class-names {path}: write it in UTF-8"):
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     first = {}  # the number of its line for each name
     for i, line in enumerate(lines, 1):
         name = plain(line)
         if name:
             before = first.setdefault(name, i)
             check(before == i, f"--class-names {path}: lines {before} and {i} are both {name!r}")
+    check(first, f"--class-names {path} is empty")
     return list(first)
 
 
@@ -1272,8 +1286,9 @@ def load_student(name, num_classes, channels, image_size):
     num_classes, channels and image_size if it asks for them."""
     if ".py:" not in name:
         return build_model(name, num_classes, channels, image_size)
-    known = dict(num_classes=num_classes, channels=channels, image_size=image_size)
-    return network_from_file(name, **known)
+    return network_from_file(
+        name, num_classes=num_classes, channels=channels, image_size=image_size
+    )
 
 
 # ---- Images to score on: no line of this file reads a training image -----------------------------
@@ -1310,9 +1325,9 @@ def image_folder(folder, channels, size):
     fit = v2.Compose([v2.Resize(size), v2.CenterCrop(size), v2.PILToTensor()])
     read = partial(read_image, "L" if channels == 1 else "RGB")
     data = Folder(folder, fit, loader=read, is_valid_file=is_wanted, allow_empty=True)
-    files = sum(path.is_file() for path in Path(folder).rglob("*"))
-    if files > len(data):
-        say(f"{files - len(data)} files in {folder} are no images, or hidden: left out")
+    left_out = sum(path.is_file() for path in Path(folder).rglob("*")) - len(data)
+    if left_out:
+        say(f"{left_out} files in {folder} are left out: no images, or hidden")
     return data
 
 
@@ -1411,8 +1426,8 @@ def agreement_batches(run):
     It needs no real image and no label, so it tells how good S is where there are none.
 
     Batches as of `test_batches`, made before the first epoch, without L_adv, by a generator of
-    their own, which is thrown away. S never meets them, nor their like. The earlier half of them is
-    left out, and those that T takes for another class than the one asked for."""
+    their own, which is thrown away. S never learns from them. The earlier half is left out, since
+    L_BN had a shorter average, and those that T takes for another class than the one asked for."""
     batches, path = run.args.agree_batches, run.args.out / "agree.pt"
     if batches == 0:
         return []
@@ -1421,8 +1436,7 @@ def agreement_batches(run):
     else:
         seed_epoch(run.args.seed, -1)
         run.new_generator()
-        images, labels, losses = run.make_images(batches, alpha_adv=0.0)
-        check_finite(losses, "the images for `agree`, [batch, step, loss]")
+        images, labels, _ = run.make_images(batches, alpha_adv=0.0)
         run.bn_loss.average = None  # the run itself begins without one
         half = len(images) // 2
         images, labels = images[half:], labels[half:]
@@ -1473,12 +1487,11 @@ def draw_samples(path, images, labels, class_names):
 # checkpoint.pt is written last in every epoch, so that a kill at any moment leaves this epoch's
 # state or the one before; memory/ holds the bank's images, a file an epoch. No random state is
 # kept: the random numbers of an epoch follow from --seed and the epoch alone [ours].
-# FREE: flags that a resumed run may change. SHOWN: columns on the console, and their formats.
+# FREE: what a resumed run may change: it decides no number, or its content is compared. SHOWN:
+# columns on the console, and their formats.
 FREE = "out preset data_root device resume eval compile teacher class_names lock command".split()
 TEACHER = "class_names channels image_size mean std".split()  # what is kept of its description
-PARTS = (
-    "student optimizer generator noisy_layer".split()
-)  # of Run, whose state the checkpoint holds
+PARTS = "student optimizer generator noisy_layer".split()  # of Run, in the checkpoint
 SHOWN = dict(epoch="d", images="d", **dict.fromkeys([*LOSSES, "loss_kd"], ".4f"))
 SHOWN |= dict(agree=".1%", accuracy=".2%", best=".2%", seconds=".1f")
 COLUMNS = [*SHOWN, "seconds_synthesis", "seconds_distillation"]  # of log.csv
@@ -1488,13 +1501,13 @@ def seed_epoch(seed, epoch):
     """Seed torch from the two, hashed, so that no two epochs share random numbers.
 
     epoch: its number; -1 for the images that `agree` is read on."""
-    torch.manual_seed(random.Random(repr((seed, epoch, 0))).getrandbits(63))  # 0: of one process
+    torch.manual_seed(random.Random(repr((seed, epoch, 0))).getrandbits(63))  # the 0 means nothing
 
 
 def say(text):
     """A line on the console. stdout has the table and warnings, stderr the bars and errors."""
-    with tqdm.external_write_mode():  # the bars make room
-        print(text, flush=True)
+    tqdm.write(text)  # the bars make room
+    sys.stdout.flush()
 
 
 def greet(run):
@@ -1523,11 +1536,12 @@ def check_finite(losses, place):
     place: words for the epoch, and for what each number of that one's index counts."""
     bad = (~losses.isfinite()).nonzero().tolist()
     if bad:
-        raise UserError(f"a loss is not finite in {place} = {bad[0]}: lower --lr or --generator-lr")
+        raise UserError(f"a loss is not finite, {place} = {bad[0]}: lower --lr or --generator-lr")
 
 
 def note_losses(row, losses):
-    """The means of the batches' last steps into a row of log.csv. UserError if one is not finite.
+    """Write the means of the batches' last steps into a row of log.csv. UserError if one is not
+    finite. (The images that are kept are those of the best step.)
 
     losses: (batches, steps, n) of the epoch."""
     check_finite(losses, f"epoch {row['epoch']}, [batch, step, loss]")
@@ -1650,13 +1664,11 @@ def resume(run, state):
         run.memory.add(made["images"])
 
 
-NEXT = """The student is {out}/student.safetensors. What comes next:
-look at its images:  python -m webbrowser {samples}
+NEXT = """The student is {out}/student.safetensors, its images are in {out}/samples.
 export it:           python -c "import nayer, torch; \
 S = nayer.load_model(r'{out}/student.safetensors'); \
 torch.export.save(torch.export.export(S, (torch.rand{shape},)), 'student.pt2')"
-your own teacher:    python nayer.py --teacher my_teacher.py:load --class-names names.txt \
---image-size 32 --mean 0.5 0.5 0.5 --std 0.25 0.25 0.25"""
+your own teacher:    python nayer.py --teacher my_teacher.py:load (see README.md)"""
 
 
 def finish(run):
@@ -1671,12 +1683,10 @@ def finish(run):
     )
     known = [f"{name} {value:.2%}" for name, value in scores.items() if value is not None]
     say(", ".join(known))
-    samples = (out / "samples").resolve().as_uri()
-    channels, size = run.shape
-    say(NEXT.format(out=out, samples=samples, shape=(2, channels, size, size)))
+    say(NEXT.format(out=out, shape=(2, *run.shape, run.shape[1])))
     about = dict(device=str(run.device), torch=torch.__version__, teacher=args.teacher)
     summary = scores | last | about | dict(settings=settings_of(run))
-    args.lock.release()
+    args.lock.release()  # the run is complete: what follows repeats it in another form
     with replaced(out / "summary.json") as temporary:
         temporary.write_text(json.dumps(summary, indent=2) + "\n")
     return summary
@@ -1731,8 +1741,7 @@ def run_script(main):
     `parse_args`. 130: stopped by Ctrl-C. A fault of this program keeps its traceback."""
     kept = "finished epochs are kept: go on with the same command and --resume"
 
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # for a console without some letter
+    sys.stdout.reconfigure(errors="backslashreplace")  # for a console without some letter
     try:
         return main()
     except KeyboardInterrupt:  # Ctrl-C

@@ -794,7 +794,7 @@ def test_every_flag_is_read():
     elsewhere = method + rest.partition("return args")[2]
     assert 'for key in ("class_names", "image_size", "mean", "std")' in elsewhere
 
-    flags = set(vars(nayer.parse_args([]))) - {"image_size", "mean", "std"}
+    flags = set(vars(nayer.parse_args([]))) - {"class_names", "image_size", "mean", "std"}
     for flag in flags:
         assert re.search(rf"args\.{flag}\b", elsewhere), f"unread: --{flag}"
 
@@ -1123,16 +1123,14 @@ def test_the_end_of_a_run_says_what_comes_next(tmp_path, monkeypatch, capsys):
     distil("'my run'", SHORT)
     commands = re.findall(r": +python (.*)$", capsys.readouterr().out, re.M)
 
-    look, export, own = (shlex.split(command) for command in commands)
+    export, own = (shlex.split(command) for command in commands)
     exec(export[1])
 
-    assert look[:2] == ["-m", "webbrowser"]
-    assert look[2] == (tmp_path / "my run/samples").as_uri()
     again = torch.export.load("student.pt2").module()
     image = torch.rand(2, 1, 12, 12)
     student = nayer.load_model("my run/student.safetensors")
     assert_close(again(image), student(image), atol=1e-4, rtol=1e-4)
-    assert nayer.parse_args(own[1:]).teacher == "my_teacher.py:load"
+    assert nayer.parse_args(own[1:3]).teacher == "my_teacher.py:load"
 
 
 def test_no_real_image_is_needed(straight, tmp_path, monkeypatch):
@@ -1288,6 +1286,7 @@ def skips(): return net(kind=Skips)
 def breaks(): return net(kind=Fails)
 def foreign(): return described(classes=3)
 def bright(): return described(mean=[120.0])
+def sizes(): return described(image_size=[16, 16])
 def info(): return nn.DataParallel(described())
 def view(): return flat(View, [])
 def flatten(): return flat(nn.Sequential, [nn.Flatten()])
@@ -1362,7 +1361,7 @@ def test_a_network_that_describes_itself_needs_no_flag(own, tmp_path, capsys):
     distil(tmp_path, flags)
 
     said = capsys.readouterr().out
-    pixels = "1 x 16 x 16 pixels, mean (0.3,), std (0.3,)"
+    pixels = "1 x 16 x 16 pixels, mean [0.3], std [0.3]"
     assert f"info: 10 classes, a to j, 3 BatchNorm layers, {pixels}\n" in said
     assert "statistics are those of a new network" in said
     info = nayer.load_model(tmp_path / "student.safetensors").info
@@ -1381,7 +1380,7 @@ RECIPES = """
 from_torchvision  | 1000 classes, tench to toilet tissue, 53 BatchNorm layers, 3 x 224 x 224
 from_hugging_face | 2 classes, LABEL_0 to LABEL_1, 8 BatchNorm layers, 3 x 40 x 40
 from_timm         | 1000 classes, tench, Tinca tinca to toilet tissue
-from_weights      | 2 classes, cat to dog, 1 BatchNorm layers, 3 x 32 x 32 pixels, mean [0.485
+from_weights      | 2 classes, cat to dog, 1 BatchNorm layers, 3 x 32 x 32 pixels
 """
 
 
@@ -1453,7 +1452,7 @@ def test_the_file_alone_distils_ones_own_network(own, tmp_path, monkeypatch):
 
 LOSSES = '"loss_ce", "loss_bn", "loss_adv"'
 FIVE_PLACES = {
-    "--alpha-adv  ": "--alpha-tv   float 0  of L_TV\n--alpha-adv  ",
+    "--alpha-adv  ": "--alpha-tv   float 0 9  of L_TV\n--alpha-adv  ",
     "--alpha-adv 1.33": "--alpha-adv 1.33 --alpha-tv 2",
     LOSSES: f'{LOSSES}, "loss_tv"',
     "    alpha_adv,\n": "    alpha_adv,\n    alpha_tv,\n",
@@ -1846,6 +1845,7 @@ def test_a_wrong_command_line_ends_with_one_line_and_code_2(flags, words, capsys
 
 BAD_TEXTS = {
     "ten.txt": "1\n2\n3\n4\n5\n6\n7\n8\n9\n10\n",
+    "empty.txt": " ",
     "twice.txt": "1\n2\n3\n4\n5\n6\n7\n8\n9\n9\n",
     "file": "in the way",
 }
@@ -1876,7 +1876,7 @@ FOUND_LATER = """
 --student nothing                               | nothing
 --student {}/my.py:nothing                      | int, not an nn.Module
 --student {}/my.py:two                          | 2 outputs, the teacher 10
---student {}/my.py:aux                          | not logits (2, classes)
+--student {}/my.py:aux                          | no logits for images
 --student mobilenet_v2                          | wrn16_1
 --teacher wrn22_1                               | teachers/train.py --dataset digits --model wrn22_1
 --teacher {}/missing.safetensors                | missing.safetensors
@@ -1893,9 +1893,10 @@ OWN {}/my.py:one                                | not logits (2, classes)
 OWN {}/my.py:nan                                | not finite
 OWN {}/my.py:constant                           | the same logits
 OWN {}/my.py:probabilities                      | leave out the softmax
-OWN {}/my.py:no_grad                            | no_grad
+OWN {}/my.py:no_grad                            | no gradient passes
 OWN {}/my.py:skips                              | --alpha-bn 0
-OWN {}/my.py:foreign                            | classes
+OWN {}/my.py:foreign                            | may have
+--teacher {}/my.py:sizes --label-input onehot   | a number of 8 to 512
 --teacher {}/my.py:bright --label-input onehot  | divide by 255
 OWN {}                                          | file.py:function
 OWN {}/net.pth                                  | file.py:function
@@ -1909,7 +1910,7 @@ OWN {}/my.py:fails                              | weights that are not here
 OWN {}/my.py:nothing                            | int, not an nn.Module
 OWN {}/my.py:two                                | 10 class names, but
 OWN {}/my.py:colours                            | 1 channels
-OWN {}/my.py:maps                               | not logits (2, classes)
+OWN {}/my.py:maps                               | no logits for images [2, 1, 16, 16]
 OWN {}/my.py:normless                           | --alpha-bn 0
 --std 0                                         | divide by 255
 --std 58.395                                    | divide by 255
@@ -1919,6 +1920,7 @@ OWN {}/my.py:normless                           | --alpha-bn 0
 --class-names {}/2.txt                          | 2 class names
 --class-names {}/twice.txt                      | lines 9 and 10 are both '9'
 --class-names {}/bytes.txt                      | bytes.txt
+--class-names {}/empty.txt                      | empty
 --class-names {}/nowhere.txt                    | nowhere.txt
 --class-names {}/ten.txt --text-encoder {}/other | no text encoder
 --dataset cifar100                              | train.py --dataset cifar100 --model wrn40_2
@@ -1927,8 +1929,7 @@ OWN {}/my.py:normless                           | --alpha-bn 0
 --out {}/file/run                               | file
 --out {}/other                                  | --resume
 --out {}/other --resume                         | checkpoint
---generator-lr 1e30                             | the images for `agree`
---generator-lr 1e30 --agree-batches 0           | epoch 0, [batch, step, loss] = [0, 1, 0]
+--generator-lr 1e30                             | epoch 0, [batch, step, loss] = [0, 1, 0]
 --lr 1e30                                       | epoch 1, student [step] = [1]
 """
 

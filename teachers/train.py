@@ -72,7 +72,7 @@ def parse_args(argv=None):
             text += " (default: %(default)s)"
         parser.add_argument(flag, help=text, **more)
 
-    count = nayer.number(int, 1)
+    count = nayer.number(int, 1, 1e9)
     pixel = nayer.number(float, 0, 1)
     add("--dataset", "images to train on", default="digits", choices=nayer.IMAGES)
     add("--data-root", "a folder has train/ and test/ in it", default=Path("data"), type=Path)
@@ -80,13 +80,13 @@ def parse_args(argv=None):
     add("--out", "model file (default: teachers/<dataset>_<model>.safetensors)", type=Path)
     add("--epochs", "of a one-cycle run (default: the published recipe, 200)", type=count)
     add("--init", "model file to go on from, for a further cycle of --epochs N", type=Path)
-    add("--batch", "images in a step", default=256, type=nayer.number(int, 2))
+    add("--batch", "images in a step", default=256, type=nayer.number(int, 2, 1e9))
     add("--image-size", "pixels (default: known, but of a folder)", type=nayer.number(int, 8, 512))
     add("--channels", "(default: known, 3 of a folder)", type=int, choices=[1, 3])
     add("--mean", "a number per channel (default: known, or measured)", type=pixel, nargs="+")
     add("--std", "(default: likewise)", type=nayer.number(float, 1e-6, 1), nargs="+")
     add("--trained-on", "words about the images for the file (default: the data set's name)")
-    add("--seed", "of all random numbers", default=0, type=nayer.number(int, 0))
+    add("--seed", "of all random numbers", default=0, type=nayer.number(int, 0, 1e18))
     add(
         "--device", "auto: cuda if it is there", default="auto", choices="auto cpu cuda mps".split()
     )
@@ -332,7 +332,8 @@ def try_out(model, args):
 
 
 def noise(args, size):
-    return torch.rand(2, args.channels, size, size).requires_grad_()
+    generator = torch.Generator().manual_seed(0)
+    return torch.rand(2, args.channels, size, size, generator=generator).requires_grad_()
 
 
 def settings_of(args, num_images):
