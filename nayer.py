@@ -144,7 +144,7 @@ PRESETS = dict(
         "--lr 0.1 --weight-decay 5e-4 --nesterov"
     ),
     # [ours] For teachers of images above 64 pixels: smaller batches, and a limit to M.
-    large="--student resnet18 --synthesis-batch 32 --student-batch 64 --bank-size 20000",
+    large="--student resnet18 --synthesis-batch 24 --student-batch 64 --bank-size 20000",
 )
 
 
@@ -681,8 +681,10 @@ class Run:
         check(len(names) == C, f"{len(names)} class names, but {args.teacher} has {C} outputs")
         # A layer that the pass has met was read, so that its mean depends on the images.
         norms = sum(mean.requires_grad for mean, _ in self.bn_loss.seen)
+        source = "--class-names" if args.class_names else "its description"
         line = (
-            f"{args.teacher}: {C} classes, {names[0]} to {names[-1]}, {norms} BatchNorm layers, "
+            f"{args.teacher}: {C} classes, {names[0]} to {names[-1]} by {source}, "
+            f"{norms} BatchNorm layers, "
             f"{self.shape[0]} x {self.shape[1]} x {self.shape[1]} pixels, "
             f"mean {info['mean']}, std {info['std']}"
         )
@@ -921,8 +923,7 @@ def number(kind, low, high):
 
     def parse(text):
         value = kind(text)
-        inside = low <= value <= high  # nan is in no interval
-        if not inside:
+        if not low <= value <= high:  # nan is in no interval
             raise argparse.ArgumentTypeError(f"{text} is not in [{low:g}, {high:g}]")
         return value
 
@@ -1187,8 +1188,7 @@ def trial(model, name, images):
 
     name: of the network, for the message. UserError if it fails, if the answers are no logits, or
     if no gradient would pass, which G and S learn by. The teacher is never in train mode."""
-    file = name.rpartition(":")[0]
-    with explained(f"{name} gives no logits for images {list(images.shape)}", file):
+    with explained(f"{name} gives no logits for images {list(images.shape)}", name):
         logits = model.forward(images.clone())  # not compiled
         count, classes = logits.shape
     text = f"{name} gives {count} x {classes} numbers for two images, not logits (2, classes)"
@@ -1197,7 +1197,7 @@ def trial(model, name, images):
     # Logarithms of probabilities will do: a softmax of them is the same.
     is_softmax = logits.min() >= 0 and (logits.sum(1) - 1).abs().max() < 0.01
     check(not is_softmax, f"{name} gives probabilities: leave out the softmax at its end")
-    with explained(f"no gradient passes {name}: has its forward a no_grad?", file):
+    with explained(f"no gradient passes {name}: has its forward a no_grad?", name):
         logits.sum().backward()
     return logits
 
@@ -1705,9 +1705,9 @@ def check(condition, message):
 
 
 @contextlib.contextmanager
-def explained(message, file=None):
+def explained(message, file=""):
     """Any error in the block becomes a UserError: `message`, and as the reason the kind of error,
-    what it says, and, where it arose in `file`, in which line."""
+    what it says, and, where it arose in the user's `file` or file.py:function, in which line."""
     try:
         yield
     except UserError:
@@ -1716,8 +1716,8 @@ def explained(message, file=None):
         place = ""
         reason = " ".join(f"{type(error).__name__}: {error}".split())  # on one line
         for frame in traceback.extract_tb(error.__traceback__):
-            if frame.filename == file:
-                place = f", line {frame.lineno} of {file}"
+            if file.startswith(frame.filename):
+                place = f", line {frame.lineno} of {frame.filename}"
         raise UserError(f"{message} ({reason}{place})") from error
 
 

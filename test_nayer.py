@@ -750,7 +750,7 @@ warmup_epochs    2        20       20       20            9        20
 warmup_batches   4        10       10       20            6        10
 epochs           12       100      100      100           28       100
 batches          1        2        2        4             4        2
-synthesis_batch  100      400      400      200           200      32
+synthesis_batch  100      400      400      200           200      24
 generator_steps  10       30       40       60            8        30
 generator_lr     0.004    0.004    0.004    0.004         0.004    0.004
 generator_life   10       10       10       10            1000     10
@@ -1362,7 +1362,7 @@ def test_a_network_that_describes_itself_needs_no_flag(own, tmp_path, capsys):
 
     said = capsys.readouterr().out
     pixels = "1 x 16 x 16 pixels, mean [0.3], std [0.3]"
-    assert f"info: 10 classes, a to j, 3 BatchNorm layers, {pixels}\n" in said
+    assert f"info: 10 classes, a to j by its description, 3 BatchNorm layers, {pixels}\n" in said
     assert "statistics are those of a new network" in said
     info = nayer.load_model(tmp_path / "student.safetensors").info
     assert info["command"] == f"nayer.py {TINY} {flags} --out {tmp_path}"
@@ -1377,10 +1377,10 @@ class Network(nn.Sequential):
         super().__init__(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), *head)
 """
 RECIPES = """
-from_torchvision  | 1000 classes, tench to toilet tissue, 53 BatchNorm layers, 3 x 224 x 224
-from_hugging_face | 2 classes, LABEL_0 to LABEL_1, 8 BatchNorm layers, 3 x 40 x 40
+from_torchvision  | 1000 classes, tench to toilet tissue by its description, 53 BatchNorm layers, 3 x 224 x 224
+from_hugging_face | 2 classes, LABEL_0 to LABEL_1 by its description, 8 BatchNorm layers, 3 x 40 x 40
 from_timm         | 1000 classes, tench, Tinca tinca to toilet tissue
-from_weights      | 2 classes, cat to dog, 1 BatchNorm layers, 3 x 32 x 32 pixels
+from_weights      | 2 classes, cat to dog by its description, 1 BatchNorm layers, 3 x 32 x 32 pixels
 """
 
 
