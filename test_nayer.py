@@ -1377,8 +1377,8 @@ class Network(nn.Sequential):
         super().__init__(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), *head)
 """
 RECIPES = """
-from_torchvision  | 1000 classes, tench to toilet tissue by its description, 53 BatchNorm layers, 3 x 224 x 224
-from_hugging_face | 2 classes, LABEL_0 to LABEL_1 by its description, 8 BatchNorm layers, 3 x 40 x 40
+from_torchvision  | 1000 classes, tench to toilet tissue by its description, 53 BatchNorm layers
+from_hugging_face | 2 classes, LABEL_0 to LABEL_1 by its description, 8 BatchNorm layers, 3 x 40
 from_timm         | 1000 classes, tench, Tinca tinca to toilet tissue
 from_weights      | 2 classes, cat to dog by its description, 1 BatchNorm layers, 3 x 32 x 32 pixels
 """
