@@ -1326,7 +1326,7 @@ def image_folder(folder, channels, size):
     read = partial(read_image, "L" if channels == 1 else "RGB")
     data = Folder(folder, fit, loader=read, is_valid_file=is_wanted, allow_empty=True)
     left_out = sum(path.is_file() for path in Path(folder).rglob("*")) - len(data)
-    if left_out:
+    if left_out > 0:
         say(f"{left_out} files in {folder} are left out: no images, or hidden")
     return data
 
@@ -1511,11 +1511,12 @@ def say(text):
 
 
 def greet(run):
-    """Where it is computed and written, and the head of the table.
+    """Where it is computed and written, and the head of the table. (On a GPU older than Ampere bf16
+    is slow, and float16 would need scaled losses.)
 
     Its columns are those of SHOWN, each nine letters wide, without the `loss_` of their names."""
     args = run.args
-    precision = "bf16" if args.amp else "float32"
+    precision = "bf16" if args.amp else "float32 (bf16 is not wanted, or not fast here)"
     say(f"on {run.device} in {precision}, preset {args.preset}, into {args.out}")
     say("".join(f" {name.removeprefix('loss_'):>8}" for name in SHOWN))
 
