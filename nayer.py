@@ -1162,7 +1162,8 @@ def network_from_file(place, **known):
         model = make(**{key: value for key, value in known.items() if key in wanted})
         model = getattr(model, "module", model)  # of DataParallel
         check(isinstance(model, nn.Module), f"{place}: {type(model).__name__}, not an nn.Module")
-        return model.cpu().float()
+        model.eval()  # torch.export's networks cannot do this, TorchScript's not the next line
+        return model.cpu().float().requires_grad_()
 
 
 def answer(forward, device_type, bf16, images):
@@ -1254,7 +1255,6 @@ def load_teacher(args):
     # A resumed run must meet the same weights, wherever the file lies.
     weights = [tensor.numpy().tobytes() for tensor in tensors_of(teacher).values()]
     info["sha256"] = hashlib.sha256(b"".join(weights)).hexdigest()
-    teacher.eval()
     teacher.requires_grad_(False)
     return teacher
 
@@ -1740,13 +1740,12 @@ def run_script(main):
 
     0: done. 1: what the user can put right, or what the machine lacks. 2: a wrong command line, see
     `parse_args`. 130: stopped by Ctrl-C. A fault of this program keeps its traceback."""
-    kept = "finished epochs are kept: go on with the same command and --resume"
 
     sys.stdout.reconfigure(errors="backslashreplace")  # for a console without some letter
     try:
         return main()
     except KeyboardInterrupt:  # Ctrl-C
-        print(f"\nstopped; {kept}", file=sys.stderr)
+        print("\nstopped: go on with the same command and --resume", file=sys.stderr)
         sys.exit(130)
     except (UserError, OSError) as error:
         line = str(error)

@@ -1276,6 +1276,7 @@ def sized(num_classes, image_size, channels=3):
 
 def two(): return net(2)
 def one(): return net(1)
+def export(): return torch.export.export(net().eval(), (torch.rand(2, 1, 16, 16),)).module()
 def nothing(): return 3
 def fails(): return open("weights that are not here")
 def leaves(): raise SystemExit(7)
@@ -1891,6 +1892,7 @@ OWN {}/my.py:absent                             | has no absent, it has
 OWN {}/my.py:leaves                             | SystemExit: 7, line
 OWN {}/my.py:breaks                             | no attribute 'nothing', line
 OWN {}/my.py:keys                               | Unexpected key(s) in state_dict: "module.0.weight"
+OWN {}/my.py:export                             | eval() is not supported
 OWN {}/my.py:one                                | not logits (2, classes)
 OWN {}/my.py:nan                                | not finite
 OWN {}/my.py:constant                           | the same logits
