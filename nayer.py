@@ -753,7 +753,11 @@ class Run:
         for _ in range(num_batches):
             if args.noisy_layer == "reinit":
                 self.noisy_layer.reinitialize()  # once per batch, not per step [code]
-            labels = class_sets(len(self.label_embeddings), args.synthesis_batch, self.device)
+            C, B = len(self.label_embeddings), args.synthesis_batch
+            labels = class_sets(C, B, self.device)
+            if B < C:  # B classes at equal distances; the next batch takes the next ones [ours]
+                number = self.memory.added // B + len(all_images)  # of this batch
+                labels = (torch.arange(B, device=self.device) * (C // B) + number) % C
             inputs = self.label_embeddings[labels]  # e_y (B, D)
             if args.label_input == "noise":
                 inputs = torch.randn_like(inputs)
@@ -1432,26 +1436,24 @@ def agreement_batches(run):
     if batches == 0:
         return []
     if run.rows:  # of a run that goes on
-        kept = load_tensors(path, run.device)
-    else:
-        seed_epoch(run.args.seed, -1)
-        run.new_generator()
-        images, labels, _ = run.make_images(batches, alpha_adv=0.0)
-        run.bn_loss.average = None  # the run itself begins without one
-        half = len(images) // 2
-        images, labels = images[half:], labels[half:]
-        answers = predict(run.teacher, images, run.augment)
-        most = answers.bincount().max() / len(answers)
-        as_asked = answers == labels
-        if most > 0.9:
-            say(f"warning: T names one class for {most:.0%} of its images: `agree` stays empty")
-            as_asked = torch.zeros_like(as_asked)
-        kept = dict(images=images[as_asked], labels=labels[as_asked])
-        with replaced(path) as temporary:
-            torch.save(kept, temporary)
-    if len(kept["labels"]) == 0:
-        return []
-    return [(kept["images"], kept["labels"])]
+        return load_tensors(path, run.device)
+    seed_epoch(run.args.seed, -1)
+    run.new_generator()
+    images, labels, _ = run.make_images(batches, alpha_adv=0.0)
+    run.bn_loss.average = None  # the run itself begins without one
+    half = len(images) // 2
+    images, labels = images[half:], labels[half:]
+    answers = predict(run.teacher, images, run.augment)
+    as_asked = answers == labels
+    most = answers.bincount().max() / len(answers)
+    kept = []
+    if most > 0.9:
+        say(f"warning: T names one class for {most:.0%} of its images: `agree` stays empty")
+    elif as_asked.any():
+        kept = [(images[as_asked], labels[as_asked])]
+    with replaced(path) as temporary:
+        torch.save(kept, temporary)
+    return kept
 
 
 def score(run, row):
@@ -1673,8 +1675,8 @@ your own teacher:    python nayer.py --teacher my_teacher.py:load (see README.md
 
 
 def finish(run):
-    """summary.json and the last lines on the console. Returns the summary: the scores, the
-    last row of log.csv, and the settings."""
+    """summary.json and the last lines on the console. Returns the summary: the scores, in [0, 1] or
+    None, the last row of log.csv, and the settings."""
     args, out, last = run.args, run.args.out, run.rows[-1]
     scores = dict(
         student_accuracy=last["accuracy"],
@@ -1682,8 +1684,6 @@ def finish(run):
         teacher_accuracy=run.info.get("accuracy"),
         agree=last["agree"],
     )
-    known = [f"{name} {value:.2%}" for name, value in scores.items() if value is not None]
-    say(", ".join(known))
     say(NEXT.format(out=out, shape=(2, *run.shape, run.shape[1])))
     about = dict(device=str(run.device), torch=torch.__version__, teacher=args.teacher)
     summary = scores | last | about | dict(settings=settings_of(run))

@@ -379,6 +379,14 @@ def test_every_set_holds_distinct_classes(classes, batch):
         assert len(block.unique()) == len(block)
 
 
+def test_batches_smaller_than_a_set_meet_all_classes_in_turn(tmp_path):
+    run = begun(tmp_path, f"{SHORT} --synthesis-batch 5")
+
+    _, labels, _ = run.make_images(3, 0.0)
+
+    assert str(labels.tolist()) == "[0, 2, 4, 6, 8, 1, 3, 5, 7, 9, 2, 4, 6, 8, 0]"
+
+
 def test_synthesis_skips_terms_of_weight_0():
     _, losses = synthesis(ingredients(), alpha_bn=0.0, alpha_adv=0.0)
 
@@ -1076,7 +1084,7 @@ def test_the_picture_has_a_column_per_class_under_its_name(tmp_path, monkeypatch
 def test_the_student_is_scored_and_judged_as_it_was_saved_and_can_teach(straight, tmp_path):
     summary = json.loads((straight / "summary.json").read_text())
     student = nayer.load_model(straight / "student.safetensors")
-    images = torch.load(straight / "agree.pt", weights_only=True)["images"]
+    images, _ = torch.load(straight / "agree.pt", weights_only=True)[0]
     augment = nayer.Augment([0.3052], [0.3222], 0, False)
 
     right = right_answers(student)
