@@ -686,7 +686,7 @@ class Run:
             f"{args.teacher}: {C} classes, {names[0]} to {names[-1]} by {source}, "
             f"{norms} BatchNorm layers, "
             f"{self.shape[0]} x {self.shape[1]} x {self.shape[1]} pixels, "
-            f"mean {info['mean']}, std {info['std']}"
+            f"mean {info['mean']}, std {info['std']}, preset {args.preset}"
         )
         if info.get("accuracy"):
             line += f", {info['accuracy']:.2%}, {info.get('trained_on')}"
@@ -1519,7 +1519,7 @@ def greet(run):
     Its columns are those of SHOWN, each nine letters wide, without the `loss_` of their names."""
     args = run.args
     precision = "bf16" if args.amp else "float32 (bf16 is not wanted, or not fast here)"
-    say(f"on {run.device} in {precision}, preset {args.preset}, into {args.out}")
+    say(f"on {run.device} in {precision}, into {args.out}")
     say("".join(f" {name.removeprefix('loss_'):>8}" for name in SHOWN))
 
 
