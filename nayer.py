@@ -167,8 +167,9 @@ def label_text_embeddings(class_names, encoder, prompt):
     remedy = "see --text-encoder, or do without: --label-input onehot"
     with explained(f"no text encoder {encoder} here or on the hub, or not a usable one; {remedy}"):
         from huggingface_hub import constants, get_session
-        from transformers import AutoModel, AutoTokenizer
+        from transformers import AutoModel, AutoTokenizer, logging
 
+        logging.disable_progress_bar()  # stderr stays empty in a run that ends well
         offline = True  # unless the hub answers at once; what was fetched before needs no hub
         with contextlib.suppress(Exception):
             get_session().head(constants.ENDPOINT, timeout=5)
@@ -182,10 +183,10 @@ def label_text_embeddings(class_names, encoder, prompt):
             model = model.get_encoder()
         names = [re.sub("[_-]", " ", name) for name in class_names]  # [code]
         texts = [prompt.replace("{class}", name) for name in names]
-        siglip = model.config.model_type.startswith("siglip")  # trained on texts of one length
+        # SigLIP was trained on texts of one length.
         tokens = tokenizer(
             texts,
-            padding="max_length" if siglip else True,
+            padding="max_length" if model.config.model_type.startswith("siglip") else True,
             truncation=True,
             return_tensors="pt",
             return_token_type_ids=False,
@@ -709,9 +710,8 @@ class Run:
         A network that cannot take channels_last, the fastest order of dimensions for convolutions,
         is changed, so that its images, weights and maps are in the usual order. The noise has a
         generator of its own: a check must not change what a run draws."""
-        channels, size = self.shape
         noise = torch.Generator().manual_seed(0)
-        images = torch.randn(2, channels, size, size, generator=noise).to(self.device)
+        images = torch.randn(2, *self.shape, self.shape[1], generator=noise).to(self.device)
         images = images.contiguous(memory_format=torch.channels_last).requires_grad_()
         with contextlib.suppress(UserError):
             return trial(model, name, images)
@@ -1238,7 +1238,7 @@ def load_teacher(args):
     names_file = SHIPPED / "class_names.json"
     if names_file.exists():
         known["class_names"] = json.loads(names_file.read_text()).get(args.dataset)
-    text = "class_names and, of numbers, mean and std are lists; image_size is a number of 8 to 512"
+    text = "class_names is a list of words, mean and std lists of numbers, image_size 8 to 512"
     with explained(f"the description of {name}: {text}"):
         missing = []
         for key in ("class_names", "image_size", "mean", "std"):
@@ -1248,6 +1248,7 @@ def load_teacher(args):
                 missing.append("--" + key.replace("_", "-"))
         text = f"{name} does not describe itself: add {' '.join(missing)}, or an .info with it"
         check(not missing, text + " (--label-input onehot needs no names)")
+        info["class_names"] = [plain(name) for name in info["class_names"] or []]
         info["image_size"] = number(int, 8, 512)(info["image_size"])
         mean = info["mean"] = [float(value) for value in info["mean"]]
         std = info["std"] = [float(value) for value in info["std"]]
@@ -1366,13 +1367,12 @@ def test_folder(folder, class_names, channels, size):
     """A folder per class, with the labels that the teacher gives these names. UserError for a
     folder with images that is none of its classes, and if there is no image."""
     data = image_folder(folder, channels, size)
-    check(len(data), f"no image in {folder}")
-    known = [plain(name) for name in class_names]
+    check(data.samples, f"no image in {folder}")
     samples = []
     for path, k in data.samples:
         name = plain(data.classes[k])
-        check(name in known, f"the teacher knows no class {name!r}, a folder in {folder}")
-        samples.append((path, known.index(name)))
+        check(name in class_names, f"the teacher knows no class {name!r}, a folder in {folder}")
+        samples.append((path, class_names.index(name)))
     data.samples = samples
     return data
 
@@ -1441,8 +1441,8 @@ def agreement_batches(run):
     run.new_generator()
     images, labels, _ = run.make_images(batches, alpha_adv=0.0)
     run.bn_loss.average = None  # the run itself begins without one
-    half = len(images) // 2
-    images, labels = images[half:], labels[half:]
+    images = images.chunk(2)[1]
+    labels = labels.chunk(2)[1]
     answers = predict(run.teacher, images, run.augment)
     as_asked = answers == labels
     most = answers.bincount().max() / len(answers)
@@ -1685,8 +1685,13 @@ def finish(run):
         agree=last["agree"],
     )
     say(NEXT.format(out=out, shape=(2, *run.shape, run.shape[1])))
-    about = dict(device=str(run.device), torch=torch.__version__, teacher=args.teacher)
-    summary = scores | last | about | dict(settings=settings_of(run))
+    about = dict(
+        device=str(run.device),
+        torch=torch.__version__,
+        teacher=args.teacher,
+        settings=settings_of(run),
+    )
+    summary = scores | last | about
     args.lock.release()  # the run is complete: what follows repeats it in another form
     with replaced(out / "summary.json") as temporary:
         temporary.write_text(json.dumps(summary, indent=2) + "\n")

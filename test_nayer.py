@@ -1295,6 +1295,7 @@ def skips(): return net(kind=Skips)
 def breaks(): return net(kind=Fails)
 def foreign(): return described(classes=3)
 def bright(): return described(mean=[120.0])
+def words(): return described(class_names=dict(enumerate("abcdefghij")))
 def sizes(): return described(image_size=[16, 16])
 def info(): return nn.DataParallel(described())
 def view(): return flat(View, [])
@@ -1908,7 +1909,8 @@ OWN {}/my.py:probabilities                      | leave out the softmax
 OWN {}/my.py:no_grad                            | no gradient passes
 OWN {}/my.py:skips                              | --alpha-bn 0
 OWN {}/my.py:foreign                            | may have
---teacher {}/my.py:sizes --label-input onehot   | a number of 8 to 512
+--teacher {}/my.py:words --label-input onehot   | class_names is a list of words
+--teacher {}/my.py:sizes --label-input onehot   | image_size 8 to 512
 --teacher {}/my.py:bright --label-input onehot  | divide by 255
 OWN {}                                          | file.py:function
 OWN {}/net.pth                                  | file.py:function
