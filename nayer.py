@@ -1260,8 +1260,7 @@ def load_teacher(args):
     # A resumed run must meet the same weights, wherever the file lies.
     weights = [tensor.numpy().tobytes() for tensor in tensors_of(teacher).values()]
     info["sha256"] = hashlib.sha256(b"".join(weights)).hexdigest()
-    teacher.requires_grad_(False)
-    return teacher
+    return teacher.requires_grad_(False)
 
 
 def plain(name):
