@@ -206,7 +206,7 @@ def check_distinct(embeddings, class_names):
     i, j = torch.combinations(torch.arange(len(class_names)))[distances.argmin()]
     one, other = class_names[i], class_names[j]
     apart = distances.min() > 1e-3 * embeddings.norm(dim=1).mean()
-    remedy = "give them other --class-names, or use --label-input onehot"
+    remedy = "give them other --class-names, use --label-input onehot, or mend the encoder"
     check(apart or one == other, f"the text encoder cannot tell {one!r} from {other!r}: {remedy}")
 
 
@@ -675,8 +675,8 @@ class Run:
         read = self.teacher if args.alpha_bn else nn.Identity()  # without L_BN no layer is read
         self.bn_loss = BatchNormLoss(read, args.bn_momentum)
         logits = self.try_out(self.teacher, args.teacher)
-        differ = (logits[0] - logits[1]).abs().max() > 1e-6
-        check(differ, f"{args.teacher} gives all images the same logits: is it trained?")
+        text = f"{args.teacher} gives all images the same logits: is it trained?"
+        check((logits[0] - logits[1]).abs().max() > 1e-6, text)
         C = logits.shape[1]
         names = info["class_names"] = info["class_names"] or [f"class {k}" for k in range(C)]
         check(len(names) == C, f"{len(names)} class names, but {args.teacher} has {C} outputs")
@@ -1248,7 +1248,7 @@ def load_teacher(args):
                 missing.append("--" + key.replace("_", "-"))
         text = f"{name} does not describe itself: add {' '.join(missing)}, or an .info with it"
         check(not missing, text + " (--label-input onehot needs no names)")
-        info["class_names"] = [plain(name) for name in info["class_names"] or []]
+        info["class_names"] = [plain(name) for name in (info["class_names"] or [])[:]]
         info["image_size"] = number(int, 8, 512)(info["image_size"])
         mean = info["mean"] = [float(value) for value in info["mean"]]
         std = info["std"] = [float(value) for value in info["std"]]
@@ -1480,7 +1480,6 @@ def draw_samples(path, images, labels, class_names):
         place = (i + 0.5) * width
         axes.text(place, -2, class_names[k], rotation=45, parse_math=False)
     axes.axis("off")
-    warnings.filterwarnings("ignore", "Glyph")  # a letter that the font has not
     axes.figure.savefig(path, dpi=100, format="png", bbox_inches="tight")
 
 
@@ -1616,6 +1615,7 @@ def load_tensors(path, device):
 def begin(argv):
     """The run that these flags ask for. A checkpoint in --out is put into it; UserError if that is
     damaged, or of other settings. On a CPU the run goes on with the same bits."""
+    warnings.simplefilter("ignore")  # of libraries: a letter that a font has not, an old default
     args = parse_args(argv)
     torch.manual_seed(args.seed)  # for the weights of S; each epoch has a seed of its own
     teacher = load_teacher(args)
@@ -1625,7 +1625,8 @@ def begin(argv):
     run = Run(args, teacher)
     greet(run)
     if state:
-        resume(run, state)
+        with explained(f"{args.out}/checkpoint.pt is not of this nayer.py"):
+            resume(run, state)
     run.agreement = agreement_batches(run)
     return run
 
@@ -1635,19 +1636,18 @@ def open_folder(args):
 
     UserError if another run is at work there: each holds a lock, which the operating system takes
     back when its process ends, however it ends. Two cells of a notebook are one process."""
-    args.lock = filelock.FileLock(args.out / "lock", timeout=0, is_singleton=True)
     with explained(f"cannot write to {args.out}, or another run does: choose another --out"):
+        args.lock = filelock.FileLock(args.out / "lock", timeout=0, is_singleton=True)
         args.out.mkdir(parents=True, exist_ok=True)
         args.lock.acquire()
     path = args.out / "checkpoint.pt"
     if not path.exists():
         return None
     check(args.resume, f"{path} is of a run: go on with --resume, or choose another --out")
-    state = load_tensors(path, "cpu")
+    state = load_tensors(path, pick_device(args.device)[0])
     with explained(f"{path} is not of this nayer.py"):
-        settings = state["settings"]
         if args.amp is None:  # as it was, also on another machine
-            args.amp = settings["amp"]
+            args.amp = state["settings"]["amp"]
     return state
 
 
@@ -1658,8 +1658,7 @@ def resume(run, state):
     check(not changed, f"{run.args.out} is of a run with other settings: {'; '.join(changed)}")
     for name in PARTS:
         getattr(run, name).load_state_dict(state[name])
-    if state["average"] is not None:
-        run.bn_loss.average = state["average"].to(run.device)
+    run.bn_loss.average = state["average"]
     run.rows = state["rows"]
     for row in run.rows:  # all epochs, so that the ring stands as it did
         made = load_tensors(run.args.out / f"memory/epoch_{row['epoch']:03d}.pt", run.device)
