@@ -292,10 +292,14 @@ class Generator(nn.Module):
         return images[:, :, :size, :size]  # (B, ch, s, s); doubling makes 80 of 68
 
 
-def class_sets(num_classes, batch, device="cpu"):
+def class_sets(num_classes, batch, device="cpu", number=0):
     """Labels (B,): sets of all C classes in order; a random subset, without repeats, at the end.
+    If B < C, B classes at equal distances; the batch of the next `number` takes the next ones.
 
     [ours] So any B and C will do (theirs: a multiple of C); no matrix meets a class twice."""
+    if batch < num_classes:
+        labels = torch.arange(batch, device=device) * (num_classes // batch)
+        return (labels + number) % num_classes
     sets, rest = divmod(batch, num_classes)
     in_order = torch.arange(num_classes, device=device).repeat(sets)  # 0 .. C-1, 0 .. C-1, ...
     return torch.cat([in_order, torch.randperm(num_classes, device=device)[:rest]])
@@ -754,10 +758,8 @@ class Run:
             if args.noisy_layer == "reinit":
                 self.noisy_layer.reinitialize()  # once per batch, not per step [code]
             C, B = len(self.label_embeddings), args.synthesis_batch
-            labels = class_sets(C, B, self.device)
-            if B < C:  # B classes at equal distances; the next batch takes the next ones [ours]
-                number = self.memory.added // B + len(all_images)  # of this batch
-                labels = (torch.arange(B, device=self.device) * (C // B) + number) % C
+            number = self.memory.added // B + len(all_images)  # of this batch
+            labels = class_sets(C, B, self.device, number)
             inputs = self.label_embeddings[labels]  # e_y (B, D)
             if args.label_input == "noise":
                 inputs = torch.randn_like(inputs)
@@ -1362,15 +1364,14 @@ def test_tiny_imagenet(root, channels, size):
     return data
 
 
-def test_folder(folder, class_names, channels, size):
-    """A folder per class, with the labels that the teacher gives these names. UserError for a
-    folder with images that is none of its classes, and if there is no image."""
-    data = image_folder(folder, channels, size)
-    check(data.samples, f"no image in {folder}")
+def label_by_name(data, class_names):
+    """An `image_folder`, with the labels that its folders' names have in class_names. UserError for
+    a folder with images that is none of these, and if there is no image."""
+    check(data.samples, f"no image in {data.root}")
     samples = []
     for path, k in data.samples:
         name = plain(data.classes[k])
-        check(name in class_names, f"the teacher knows no class {name!r}, a folder in {folder}")
+        check(name in class_names, f"the teacher knows no class {name!r}, a folder in {data.root}")
         samples.append((path, class_names.index(name)))
     data.samples = samples
     return data
@@ -1395,7 +1396,7 @@ def test_batches(dataset, root, class_names, channels, image_size, device):
     elif dataset == "tiny_imagenet":
         data = test_tiny_imagenet(root, channels, image_size)
     else:
-        data = test_folder(root / "test", class_names, channels, image_size)
+        data = label_by_name(image_folder(root / "test", channels, image_size), class_names)
     batches = torch.utils.data.DataLoader(data, SCORED)
     if image_size > SMALL:
         return batches
@@ -1450,8 +1451,7 @@ def agreement_batches(run):
         say(f"warning: T names one class for {most:.0%} of its images: `agree` stays empty")
     elif as_asked.any():
         kept = [(images[as_asked], labels[as_asked])]
-    with replaced(path) as temporary:
-        torch.save(kept, temporary)
+    save_tensors(path, kept)
     return kept
 
 
@@ -1489,7 +1489,7 @@ def draw_samples(path, images, labels, class_names):
 # kept: the random numbers of an epoch follow from --seed and the epoch alone [ours].
 # FREE: what a resumed run may change: it decides no number, or its content is compared. SHOWN:
 # columns on the console, and their formats.
-FREE = "out preset data_root device resume eval compile teacher class_names lock command".split()
+FREE = "out preset data_root device resume eval compile teacher class_names".split()
 TEACHER = "class_names channels image_size mean std".split()  # what is kept of its description
 PARTS = "student optimizer generator noisy_layer".split()  # of Run, in the checkpoint
 SHOWN = dict(epoch="d", images="d", **dict.fromkeys([*LOSSES, "loss_kd"], ".4f"))
@@ -1594,15 +1594,20 @@ def save(run, images, labels, losses):
         architecture=args.student,
         accuracy=row["accuracy"],
         trained_on=f"images made from {args.teacher}",
-        command=args.command,
+        command=run.command,
     )
     save_model(out / "student.safetensors", run.student, about)
-    with replaced(out / f"memory/{epoch}.pt") as temporary:
-        torch.save(dict(images=images, labels=labels, losses=losses), temporary)
+    made = dict(images=images, labels=labels, losses=losses)
+    save_tensors(out / f"memory/{epoch}.pt", made)
     parts = {name: getattr(run, name).state_dict() for name in PARTS}
     about = dict(settings=settings_of(run), average=run.bn_loss.average, rows=run.rows)
-    with replaced(out / "checkpoint.pt") as temporary:
-        torch.save(about | parts, temporary)
+    save_tensors(out / "checkpoint.pt", about | parts)
+
+
+def save_tensors(path, content):
+    """For `load_tensors`. UserError if it cannot be written."""
+    with replaced(path) as temporary:
+        torch.save(content, temporary)
 
 
 def load_tensors(path, device):
@@ -1615,14 +1620,14 @@ def load_tensors(path, device):
 def begin(argv):
     """The run that these flags ask for. A checkpoint in --out is put into it; UserError if that is
     damaged, or of other settings. On a CPU the run goes on with the same bits."""
-    warnings.simplefilter("ignore")  # of libraries: a letter that a font has not, an old default
     args = parse_args(argv)
     torch.manual_seed(args.seed)  # for the weights of S; each epoch has a seed of its own
     teacher = load_teacher(args)
     args = parse_args(argv, teacher.info["image_size"])
-    state = open_folder(args)
-    args.command = shlex.join(["nayer.py", *argv])
+    lock, state = open_folder(args)
     run = Run(args, teacher)
+    run.lock = lock
+    run.command = shlex.join(["nayer.py", *argv])
     greet(run)
     if state:
         with explained(f"{args.out}/checkpoint.pt is not of this nayer.py"):
@@ -1632,23 +1637,23 @@ def begin(argv):
 
 
 def open_folder(args):
-    """The state of the checkpoint in --out, None in a new folder.
+    """(the lock on --out, the state of the checkpoint there, or None in a new folder)
 
     UserError if another run is at work there: each holds a lock, which the operating system takes
     back when its process ends, however it ends. Two cells of a notebook are one process."""
     with explained(f"cannot write to {args.out}, or another run does: choose another --out"):
-        args.lock = filelock.FileLock(args.out / "lock", timeout=0, is_singleton=True)
+        lock = filelock.FileLock(args.out / "lock", timeout=0, is_singleton=True)
         args.out.mkdir(parents=True, exist_ok=True)
-        args.lock.acquire()
+        lock.acquire()
     path = args.out / "checkpoint.pt"
     if not path.exists():
-        return None
+        return lock, None
     check(args.resume, f"{path} is of a run: go on with --resume, or choose another --out")
     state = load_tensors(path, pick_device(args.device)[0])
     with explained(f"{path} is not of this nayer.py"):
         if args.amp is None:  # as it was, also on another machine
             args.amp = state["settings"]["amp"]
-    return state
+    return lock, state
 
 
 def resume(run, state):
@@ -1690,7 +1695,7 @@ def finish(run):
         settings=settings_of(run),
     )
     summary = scores | last | about
-    args.lock.release()  # the run is complete: what follows repeats it in another form
+    run.lock.release()  # the run is complete: what follows repeats it in another form
     with replaced(out / "summary.json") as temporary:
         temporary.write_text(json.dumps(summary, indent=2) + "\n")
     return summary
@@ -1744,6 +1749,7 @@ def run_script(main):
     0: done. 1: what the user can put right, or what the machine lacks. 2: a wrong command line, see
     `parse_args`. 130: stopped by Ctrl-C. A fault of this program keeps its traceback."""
 
+    warnings.simplefilter("ignore")  # of libraries: a letter that a font has not, an old default
     sys.stdout.reconfigure(errors="backslashreplace")  # for a console without some letter
     try:
         return main()

@@ -457,7 +457,7 @@ def draw_convergence(action):
         if variant not in there:
             continue
         runs = [place(action, variant, seed) for seed in range(len(there[variant]))]
-        curves = [figures.curve(run) for run in runs]
+        curves = [figures.curve(figures.generator_rows(run)) for run in runs]
         mean = [statistics.fmean(values) for values in zip(*curves)]
         axes.plot(range(1, len(mean) + 1), mean, ".-", label=variant)
     axes.set(xlabel="generator step within a batch", ylabel="L_CE", yscale="log", title=action)

@@ -62,7 +62,7 @@ def edits():
             run = folder / str(seed)
             distil(folder, f"--seed {seed} --out {seed} --resume")
             accuracy = round(100 * figures.summary_of(run)["student_accuracy"], 2)
-            count, batches = figures.best_is_last(run)
+            count, batches = figures.best_is_last(figures.generator_rows(run))
             row = dict(exercise=name, seed=seed, accuracy=accuracy)
             rows.append(row | dict(best_is_last=count, batches=batches))
     nayer.write_table(ROOT / "results/exercises.csv", rows)

@@ -67,9 +67,14 @@ def label_embeddings(run):
     return words, F.batch_norm(words, None, None, training=True)
 
 
+def saved(run, epoch):
+    """Images, labels and losses of an epoch, a dict."""
+    return torch.load(run / "memory" / f"epoch_{epoch:03d}.pt", weights_only=True)
+
+
 def made(run, epoch):
     """(images uint8, labels) of an epoch."""
-    file = torch.load(run / "memory" / f"epoch_{epoch:03d}.pt", weights_only=True)
+    file = saved(run, epoch)
     return file["images"], file["labels"]
 
 
@@ -86,8 +91,7 @@ def generator_rows(run):
         return learnt(run / "generator.csv")
     rows = []
     for epoch in epochs(run):
-        file = torch.load(run / "memory" / f"epoch_{epoch:03d}.pt", weights_only=True)
-        for batch, steps in enumerate(file["losses"].tolist()):
+        for batch, steps in enumerate(saved(run, epoch)["losses"].tolist()):
             for step, values in enumerate(steps):
                 row = dict(epoch=epoch, batch=batch, step=step)
                 row.update(zip((*nayer.LOSSES, "loss"), values))
@@ -430,21 +434,21 @@ NUMBERS = (
 )
 
 
-def curve(run):
+def curve(generator_steps):
     """L_CE by step: the mean over all batches but the run's first one, for which L_BN has no
     average yet."""
     steps = {}
-    for row in generator_rows(run):
+    for row in generator_steps:
         first_batch = int(row["epoch"]) == 0 and int(row["batch"]) == 0
         if not first_batch:
             steps.setdefault(int(row["step"]), []).append(float(row["loss_ce"]))
     return [statistics.fmean(steps[step]) for step in sorted(steps)]
 
 
-def best_is_last(run):
+def best_is_last(generator_steps):
     """(batches in which the last step has the lowest loss, all batches)"""
     batches = {}
-    for row in generator_rows(run):
+    for row in generator_steps:
         batch = (row["epoch"], row["batch"])
         batches.setdefault(batch, []).append(float(row["loss"]))
     count = 0
@@ -531,7 +535,8 @@ def measured(run):
     about = settings(run)
     log = learnt(run / "log.csv")
     last = log[-1]
-    losses = curve(run)
+    generator_steps = generator_rows(run)
+    losses = curve(generator_steps)
     row = dict.fromkeys((number.key for number in NUMBERS), nan)
     row["seed"] = int(about["seed"])
     row["accuracy"] = percent(last["accuracy"])
@@ -546,14 +551,13 @@ def measured(run):
         row["right_1"] = right[0]
         if len(right) > 1:
             row["right_2"] = right[1]
-    count, batches = best_is_last(run)
+    count, batches = best_is_last(generator_steps)
     row["best_is_last"] = count
     row["batches"] = batches
     row["images"] = int(last["images"])
-    generator_steps = len(generator_rows(run))
     distilled = [line for line in log if line["loss_kd"]]
     student_steps = len(distilled) * int(about["student_steps"])
-    row["generator_step"] = seconds_in(run, "seconds_synthesis") / generator_steps
+    row["generator_step"] = seconds_in(run, "seconds_synthesis") / len(generator_steps)
     row["student_step"] = seconds_in(run, "seconds_distillation") / student_steps
     row["seconds"] = float(last["seconds"])
     return row

@@ -171,10 +171,7 @@ def training_folder(root, channels, size):
     text = f"train/ and test/ must hold images of the same classes, but not so {sorted(lonely)}"
     nayer.check(names and not lonely, text)
     kept = sorted(names)
-    samples = []
-    for path, k in train.samples:
-        samples.append((path, kept.index(nayer.plain(train.classes[k]))))
-    train.samples = samples
+    train = nayer.label_by_name(train, kept)
     train.classes = kept
     return train
 
@@ -389,8 +386,7 @@ def train(args, model, data, num_images, test, augment):
             epoch=epoch,
             settings=settings,
         )
-        with nayer.replaced(checkpoint) as temporary:
-            torch.save(state, temporary)
+        nayer.save_tensors(checkpoint, state)
 
 
 def checkpoint_path(args):
