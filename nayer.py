@@ -118,7 +118,8 @@ PRESETS = dict(
         "--label-input lte --noisy-layer reinit "
         "--student-steps 400 --student-batch 512 --reuse 1 --mix 0 --lr 0.2 --weight-decay 1e-4 "
         "--no-nesterov --temperature 20 --crop-padding 4 --flip "
-        "--seed 0 --device auto --no-compile --no-resume --data-root data --agree-batches 10"
+        "--seed 0 --device auto --no-compile --no-cuda-graph --no-deterministic --no-resume "
+        "--data-root data --agree-batches 10"
     ),
     cifar100="--generator-steps 40",
     tiny_imagenet=(
@@ -297,11 +298,12 @@ def class_sets(num_classes, batch, device="cpu", number=0):
     If B < C, B classes at equal distances; the batch of the next `number` takes the next ones.
 
     [ours] So any B and C will do (theirs: a multiple of C); no matrix meets a class twice."""
+    classes = torch.arange(num_classes, device=device)
     if batch < num_classes:
-        labels = torch.arange(batch, device=device) * (num_classes // batch)
-        return (labels + number) % num_classes
+        apart = num_classes // batch
+        return (classes[:batch] * apart + number) % num_classes
     sets, rest = divmod(batch, num_classes)
-    in_order = torch.arange(num_classes, device=device).repeat(sets)  # 0 .. C-1, 0 .. C-1, ...
+    in_order = classes.repeat(sets)  # 0 .. C-1, 0 .. C-1, ...
     return torch.cat([in_order, torch.randperm(num_classes, device=device)[:rest]])
 
 
@@ -477,12 +479,36 @@ class Augment:
 # An epoch has two: many steps of Z and G, then many steps of S. Each defines `step()`, a single
 # one, and `repeat` is its loop. A step changes tensors in place and reads no number from the
 # device, so that nothing waits for it.
-def repeat(step, times):
-    """step() again and again. Returns what it gave, a tensor each time, stacked (times, ...)."""
+def repeat(step, times, record=False):
+    """step() again and again. Returns what it gave, a tensor each time, stacked (times, ...).
+
+    record: see `recorded`. The first step is run as it is: it tries kernels out, compiles what is
+    to be compiled, and makes the state of an optimizer."""
     results = []
-    for _ in tqdm(range(times), leave=False, disable=None):
+    for i in tqdm(range(times), leave=False, disable=None):
+        if record and i == 1:
+            step = recorded(step)
         results.append(step())
     return torch.stack(results)
+
+
+def recorded(step):
+    """The step as a CUDA graph [ours]: a GPU starts its thousand kernels at once, where Python
+    takes longer to launch them one by one than they run.
+
+    A recording is of kernels and addresses. What a step reads, changes and draws must be tensors on
+    the device, the same ones each time; a Python number stays as it was. UserError if the step
+    reads a number from the device."""
+    graph = torch.cuda.CUDAGraph()
+    remedy = "a network reads numbers from the GPU in its forward? leave out --cuda-graph"
+    with explained(remedy), torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+        result = step()  # nothing is computed yet
+
+    def replay():
+        graph.replay()
+        return result.clone()
+
+    return replay
 
 
 # ---- Half-step 1. Over G and Z, minimise alpha_ce L_CE + alpha_bn L_BN + alpha_adv L_adv ---------
@@ -508,6 +534,7 @@ def synthesize(
     alpha_ce,
     alpha_bn,
     alpha_adv,
+    record=False,
 ):
     """One batch of images for `labels` (B,), from `inputs` (B, D), by `steps` steps of a new Adam.
 
@@ -521,7 +548,7 @@ def synthesize(
     student.eval()
     student.requires_grad_(False)
     parameters = [*generator.parameters(), *noisy_layer.parameters()]
-    optimizer = torch.optim.Adam(parameters, lr, betas=(0.5, 0.999), fused=True)
+    optimizer = torch.optim.Adam(parameters, lr, betas=(0.5, 0.999), fused=True, capturable=record)
     zero = torch.zeros((), device=labels.device)
     best_loss = torch.full_like(zero, math.inf)
     best_images = torch.zeros(len(labels), *generator.image_shape, device=labels.device)
@@ -546,7 +573,7 @@ def synthesize(
         best_loss.copy_(torch.where(better, loss.detach(), best_loss))
         return torch.stack([loss_ce, loss_bn, loss_adv, loss]).detach()
 
-    losses = repeat(step, steps)
+    losses = repeat(step, steps, record)
     return (best_images * 255).round().byte(), losses
 
 
@@ -586,6 +613,7 @@ def distill(
     temperature,
     reuse=1,
     mix=0.0,
+    record=False,
 ):
     """One epoch: `steps` student steps on batches from M. Returns L_KD at every step (steps,).
 
@@ -596,10 +624,8 @@ def distill(
     mix [ours]: share of views blended with another; 0.5: +3.0 points (1.2 to 4.8) on CIFAR-10."""
     student.train()
     student.requires_grad_(True)
-    pool = 1  # batches that T is asked about in advance; for R = 1 new views at every step
-    if reuse > 1:
-        most = 2**27 // (batch * memory.images[0].numel())  # batches of views in 512 MiB
-        pool = max(1, min(math.ceil(steps / reuse), most))
+    # Batches that T is asked about in advance; for R = 1 new views at every step.
+    pool = 1 if reuse == 1 else math.ceil(steps / reuse)
     batches = lessons(teacher, memory, augment, batch, pool, reuse, mix)
 
     def step():
@@ -610,7 +636,7 @@ def distill(
         optimizer.step()
         return loss.detach()
 
-    return repeat(step, steps)
+    return repeat(step, steps, record and reuse == 1)  # for R > 1 Python walks through a pool
 
 
 def learning_rate(peak, progress):
@@ -630,8 +656,16 @@ class Run:
         self.device, fast_bf16 = pick_device(args.device)
         if args.amp is None:
             args.amp = fast_bf16  # in the flags, since the checkpoint keeps them
-        torch.backends.cudnn.benchmark = True  # the fastest kernels that a trial finds
         torch.set_float32_matmul_precision("high")  # TF32, where bf16 is not used
+        # The fastest kernels that a trial finds, or those that give the same bits each time.
+        torch.backends.cudnn.benchmark = not args.deterministic
+        torch.use_deterministic_algorithms(args.deterministic)
+        if args.deterministic:
+            os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # what these algorithms insist on
+        # What is recorded must run on a stream of its own, from its first step on: so all does.
+        self.record = args.cuda_graph and self.device.type == "cuda"
+        if self.record:
+            torch.cuda.set_stream(torch.cuda.Stream())
         self.info = info = teacher.info
         self.shape = (info["channels"], info["image_size"])
         self.take_networks(teacher)
@@ -753,12 +787,12 @@ class Run:
         """Make `num_batches` new batches. Returns their images, uint8 (n, ch, H, W), their labels
         (n,), and the losses of the generator steps (batches, steps, len(LOSSES) + 1)."""
         args = self.args
-        all_images, all_labels, all_losses = [], [], []
+        made = []
         for _ in range(num_batches):
             if args.noisy_layer == "reinit":
                 self.noisy_layer.reinitialize()  # once per batch, not per step [code]
             C, B = len(self.label_embeddings), args.synthesis_batch
-            number = self.memory.added // B + len(all_images)  # of this batch
+            number = self.memory.added // B + len(made)  # of this batch
             labels = class_sets(C, B, self.device, number)
             inputs = self.label_embeddings[labels]  # e_y (B, D)
             if args.label_input == "noise":
@@ -777,13 +811,13 @@ class Run:
                 alpha_ce=args.alpha_ce,
                 alpha_bn=args.alpha_bn,
                 alpha_adv=alpha_adv,
+                record=self.record,
             )
             if args.alpha_bn:
                 self.bn_loss.update()  # the average moves once per batch, from the last step
-            all_images.append(images)
-            all_labels.append(labels)
-            all_losses.append(losses)
-        return torch.cat(all_images), torch.cat(all_labels), torch.stack(all_losses)
+            made.append((images, labels, losses))
+        images, labels, losses = zip(*made)
+        return torch.cat(images), torch.cat(labels), torch.stack(losses)
 
 
 # ---- The algorithm -------------------------------------------------------------------------------
@@ -820,7 +854,9 @@ def main(argv=None):
         # Half-step 1: new images for M.
         began = time.perf_counter()
         images, labels, losses = run.make_images(num_batches, alpha_adv)
-        note_losses(row, losses)
+        check_finite(losses, f"epoch {epoch}, [batch, step, loss]")
+        means = losses[:, -1, :-1].mean(0)  # of the last steps, without the weighted sum
+        row.update(zip(LOSSES, means.tolist(), strict=True))
         run.memory.add(images)
         row["images"] = len(run.memory)
         row["seconds_synthesis"] = time.perf_counter() - began
@@ -841,6 +877,7 @@ def main(argv=None):
                 temperature=args.temperature,
                 reuse=args.reuse,
                 mix=args.mix,
+                record=run.record,
             )
             check_finite(losses_kd, f"epoch {epoch}, student [step]")
             row["loss_kd"] = losses_kd.mean().item()
@@ -882,6 +919,8 @@ run
 --agree-batches    int 0 1e9    batches made before the run, on which S is judged
 --amp              switch       bf16 autocast (default: where the device is fast with it)
 --compile          switch       torch.compile for T, S and G
+--cuda-graph       switch       record steps on a GPU, replay them (not yet run on a GPU)
+--deterministic    switch       same seed, same bits, also on a GPU; slower there
 networks and class names
 --teacher          text         T: name, model file, file.py:function
 --student          text         S: name, or file.py:function
@@ -942,18 +981,17 @@ def kind_of(text):
     text; int or float, with the least and the most that it may be; pixels, a number per channel;
     names, a file of them."""
     kind, *limits = text.split()
-    limits = [float(limit) for limit in limits]
     if "|" in kind:
         return dict(choices=kind.split("|"))
     if kind == "switch":
         return dict(action=argparse.BooleanOptionalAction)
     if kind == "pixels":
         return dict(type=float, nargs="+")
+    types = dict(int=int, float=float, path=Path, text=str, names=read_names)
     if limits:
-        return dict(type=number(int if kind == "int" else float, *limits))
-    if kind == "names":
-        return dict(type=read_names)
-    return dict(type=Path if kind == "path" else str)
+        low, high = limits
+        return dict(type=number(types[kind], float(low), float(high)))
+    return dict(type=types[kind])
 
 
 def parse_args(argv=None, image_size=SMALL):
@@ -963,18 +1001,13 @@ def parse_args(argv=None, image_size=SMALL):
     image_size: the teacher's, as soon as it is known; for large images another preset is usual."""
     parser = argparse.ArgumentParser(
         "nayer.py",
-        usage="nayer.py [flags]",
+        usage=argparse.SUPPRESS,  # so that an error is one line
         description=ABOUT,
         epilog=USUAL,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         add_help=False,  # until the preset is known, whose defaults it shows
     )
-
-    def refuse(message):  # in the place of argparse's, which prints the usage before it
-        parser.exit(2, f"nayer.py: error: {message}\n")
-
-    parser.error = refuse
     for line in FLAGS.strip().splitlines():
         if line[0] != "-":
             group = parser.add_argument_group(line)
@@ -1079,17 +1112,19 @@ def build_model(name, num_classes, channels=3, image_size=32):
     if small and re.fullmatch(r"vgg\d\d", name):
         name += "_bn"  # torchvision's name for a VGG with BatchNorm
     known = name in models.list_models(module=models) and channels == 3
-    text = f"no {name} for {channels} channels: use wrn16_1, ... or, for 3, a torchvision name"
-    check(known, f"{text}; {OWN_NETWORK}")
+    text = f"no {name} for {channels} channels: use wrn16_1, ... or, for 3, a torchvision name; "
+    check(known, text + OWN_NETWORK)
     model = models.get_model(name, weights=None, num_classes=num_classes)
+    if not small:
+        return model
     # Made for 224 pixels: for small images the first layers must not throw away so much.
-    if small and isinstance(model, models.ResNet):
+    if isinstance(model, models.ResNet):
         model.conv1 = conv(3, 64, 3)
         model.maxpool = nn.Identity()
         for layer in model.modules():
             if isinstance(layer, nn.Conv2d):
                 layer.reset_parameters()
-    if small and isinstance(model, models.VGG):
+    if isinstance(model, models.VGG):
         pools = [i for i, layer in enumerate(model.features) if isinstance(layer, nn.MaxPool2d)]
         kept = 4 if image_size == 64 else 3
         for i in pools[kept:]:
@@ -1351,19 +1386,6 @@ def test_digits(size):
     return held_out
 
 
-def test_tiny_imagenet(root, channels, size):
-    """The official archive's validation images: one folder, and a table of their classes."""
-    val = root / "tiny-imagenet-200/val"
-    table = root / "tiny-imagenet-200/wnids.txt"
-    check(table.exists(), f"unpack tiny-imagenet-200.zip in {root}")
-    wnids = table.read_text().split()  # in the order of the classes
-    data = image_folder(val, channels, size)
-    lines = (val / "val_annotations.txt").read_text().splitlines()
-    rows = [line.split() for line in lines]  # name of the image, wnid of its class, ...
-    data.samples = [(str(val / "images" / row[0]), wnids.index(row[1])) for row in rows]
-    return data
-
-
 def label_by_name(data, class_names):
     """An `image_folder`, with the labels that its folders' names have in class_names. UserError for
     a folder with images that is none of these, and if there is no image."""
@@ -1393,8 +1415,6 @@ def test_batches(dataset, root, class_names, channels, image_size, device):
         with explained(f"{root / kind.base_folder} is missing or damaged; no download"):
             fit = v2.Compose([v2.Resize(image_size), v2.PILToTensor()])
             data = kind(root, train=False, download=True, transform=fit)
-    elif dataset == "tiny_imagenet":
-        data = test_tiny_imagenet(root, channels, image_size)
     else:
         data = label_by_name(image_folder(root / "test", channels, image_size), class_names)
     batches = torch.utils.data.DataLoader(data, SCORED)
@@ -1417,12 +1437,12 @@ def accuracy(model, batches, augment):
     batches: pairs of images, uint8 (n, ch, H, W), and labels (n,), on any device."""
     model.eval()
     device = augment.mean.device
-    correct, seen = 0, 0
+    right = []
     for images, labels in batches:
         answers = predict(model, images.to(device), augment)
-        correct += (answers == labels.to(device)).sum()
-        seen += len(labels)
-    return float(correct) / seen
+        right.append(answers == labels.to(device))
+    right = torch.cat(right)
+    return right.sum().item() / len(right)
 
 
 def agreement_batches(run):
@@ -1432,14 +1452,14 @@ def agreement_batches(run):
     Batches as of `test_batches`, made before the first epoch, without L_adv, by a generator of
     their own, which is thrown away. S never learns from them. The earlier half is left out, since
     L_BN had a shorter average, and those that T takes for another class than the one asked for."""
-    batches, path = run.args.agree_batches, run.args.out / "agree.pt"
-    if batches == 0:
+    path = run.args.out / "agree.pt"
+    if not run.args.agree_batches:
         return []
     if run.rows:  # of a run that goes on
         return load_tensors(path, run.device)
     seed_epoch(run.args.seed, -1)
     run.new_generator()
-    images, labels, _ = run.make_images(batches, alpha_adv=0.0)
+    images, labels, _ = run.make_images(run.args.agree_batches, alpha_adv=0.0)
     run.bn_loss.average = None  # the run itself begins without one
     images = images.chunk(2)[1]
     labels = labels.chunk(2)[1]
@@ -1489,7 +1509,9 @@ def draw_samples(path, images, labels, class_names):
 # kept: the random numbers of an epoch follow from --seed and the epoch alone [ours].
 # FREE: what a resumed run may change: it decides no number, or its content is compared. SHOWN:
 # columns on the console, and their formats.
-FREE = "out preset data_root device resume eval compile teacher class_names".split()
+FREE = (
+    "out preset data_root device resume eval compile cuda_graph deterministic teacher class_names"
+).split()
 TEACHER = "class_names channels image_size mean std".split()  # what is kept of its description
 PARTS = "student optimizer generator noisy_layer".split()  # of Run, in the checkpoint
 SHOWN = dict(epoch="d", images="d", **dict.fromkeys([*LOSSES, "loss_kd"], ".4f"))
@@ -1508,17 +1530,6 @@ def say(text):
     """A line on the console. stdout has the table and warnings, stderr the bars and errors."""
     tqdm.write(text)  # the bars make room
     sys.stdout.flush()
-
-
-def greet(run):
-    """Where it is computed and written, and the head of the table. (On a GPU older than Ampere bf16
-    is slow, and float16 would need scaled losses.)
-
-    Its columns are those of SHOWN, each nine letters wide, without the `loss_` of their names."""
-    args = run.args
-    precision = "bf16" if args.amp else "float32 (bf16 is not wanted, or not fast here)"
-    say(f"on {run.device} in {precision}, into {args.out}")
-    say("".join(f" {name.removeprefix('loss_'):>8}" for name in SHOWN))
 
 
 def show(row):
@@ -1540,16 +1551,6 @@ def check_finite(losses, place):
         raise UserError(f"a loss is not finite, {place} = {bad[0]}: lower --lr or --generator-lr")
 
 
-def note_losses(row, losses):
-    """Write the means of the batches' last steps into a row of log.csv. UserError if one is not
-    finite. (The images that are kept are those of the best step.)
-
-    losses: (batches, steps, n) of the epoch."""
-    check_finite(losses, f"epoch {row['epoch']}, [batch, step, loss]")
-    means = losses[:, -1, :-1].mean(0)  # without the weighted sum
-    row.update(zip(LOSSES, means.tolist(), strict=True))
-
-
 @contextlib.contextmanager
 def replaced(path):
     """with replaced(path) as temporary: write that file. Then it takes the place of `path` at once,
@@ -1567,9 +1568,9 @@ def replaced(path):
 def write_table(path, rows):
     """rows: dicts with the same keys, the columns of a csv file. None is an empty cell."""
     with replaced(path) as temporary, open(temporary, "w", newline="") as file:
-        table = csv.writer(file, lineterminator="\n")
-        table.writerow(rows[0])
-        table.writerows(row.values() for row in rows)
+        table = csv.DictWriter(file, rows[0], lineterminator="\n")
+        table.writeheader()
+        table.writerows(rows)
 
 
 def settings_of(run):
@@ -1597,9 +1598,13 @@ def save(run, images, labels, losses):
         command=run.command,
     )
     save_model(out / "student.safetensors", run.student, about)
-    made = dict(images=images, labels=labels, losses=losses)
-    save_tensors(out / f"memory/{epoch}.pt", made)
+    save_tensors(out / f"memory/{epoch}.pt", dict(images=images, labels=labels, losses=losses))
+    # All but what is made anew before the next step: a generator whose life is over, Z's matrices.
     parts = {name: getattr(run, name).state_dict() for name in PARTS}
+    if len(run.rows) % args.generator_life == 0:
+        del parts["generator"], parts["noisy_layer"]
+    elif args.noisy_layer == "reinit":
+        del parts["noisy_layer"]["weight"], parts["noisy_layer"]["bias"]
     about = dict(settings=settings_of(run), average=run.bn_loss.average, rows=run.rows)
     save_tensors(out / "checkpoint.pt", about | parts)
 
@@ -1628,7 +1633,10 @@ def begin(argv):
     run = Run(args, teacher)
     run.lock = lock
     run.command = shlex.join(["nayer.py", *argv])
-    greet(run)
+    precision = "bf16" if args.amp else "float32 (bf16 is not wanted, or not fast here)"
+    say(f"on {run.device} in {precision}, into {args.out}")
+    # The head of the table. Each column has nine letters, without the `loss_` of its name.
+    say("".join(f" {name.removeprefix('loss_'):>8}" for name in SHOWN))
     if state:
         with explained(f"{args.out}/checkpoint.pt is not of this nayer.py"):
             resume(run, state)
@@ -1643,8 +1651,7 @@ def open_folder(args):
     back when its process ends, however it ends. Two cells of a notebook are one process."""
     with explained(f"cannot write to {args.out}, or another run does: choose another --out"):
         lock = filelock.FileLock(args.out / "lock", timeout=0, is_singleton=True)
-        args.out.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
+        lock.acquire()  # makes the folder
     path = args.out / "checkpoint.pt"
     if not path.exists():
         return lock, None
@@ -1662,7 +1669,8 @@ def resume(run, state):
     changed = [f"{key} {old.get(key)} -> {new[key]}" for key in new if old.get(key) != new[key]]
     check(not changed, f"{run.args.out} is of a run with other settings: {'; '.join(changed)}")
     for name in PARTS:
-        getattr(run, name).load_state_dict(state[name])
+        part = getattr(run, name)
+        part.load_state_dict(part.state_dict() | state.get(name, {}))
     run.bn_loss.average = state["average"]
     run.rows = state["rows"]
     for row in run.rows:  # all epochs, so that the ring stands as it did
@@ -1681,20 +1689,15 @@ def finish(run):
     """summary.json and the last lines on the console. Returns the summary: the scores, in [0, 1] or
     None, the last row of log.csv, and the settings."""
     args, out, last = run.args, run.args.out, run.rows[-1]
-    scores = dict(
+    summary = dict(
         student_accuracy=last["accuracy"],
         best_accuracy=last["best"],
         teacher_accuracy=run.info.get("accuracy"),
-        agree=last["agree"],
     )
     say(NEXT.format(out=out, shape=(2, *run.shape, run.shape[1])))
-    about = dict(
-        device=str(run.device),
-        torch=torch.__version__,
-        teacher=args.teacher,
-        settings=settings_of(run),
-    )
-    summary = scores | last | about
+    summary |= last
+    summary |= dict(device=str(run.device), torch=torch.__version__, teacher=args.teacher)
+    summary["settings"] = settings_of(run)
     run.lock.release()  # the run is complete: what follows repeats it in another form
     with replaced(out / "summary.json") as temporary:
         temporary.write_text(json.dumps(summary, indent=2) + "\n")

@@ -269,7 +269,7 @@ def plain_synthesis(parts, average, steps, lr):
 
 
 def test_synthesis_follows_the_method_written_out_plainly(monkeypatch):
-    def plain_sgd(parameters, lr, betas, fused):
+    def plain_sgd(parameters, lr, betas, **_):
         assert betas == (0.5, 0.999)
         return torch.optim.SGD(parameters, lr)
 
@@ -473,13 +473,12 @@ def test_each_pass_over_a_pool_has_the_same_lessons_in_another_order(mix, bank):
     assert_same(first.unique(dim=0), second.unique(dim=0))
 
 
-@pytest.mark.parametrize("reuse, pixels, asked", [(1, 768, 7), (3, 768, 3), (3, 2**22, 4)])
-def test_the_teacher_answers_at_most_512_mib_of_views_at_once(reuse, pixels, asked, bank):
+@pytest.mark.parametrize("reuse, asked", [(1, 7), (3, 3)])
+def test_the_teacher_is_asked_about_a_share_of_the_batches(reuse, asked, bank):
     parts = ingredients()
     seen = inputs_of(parts.teacher)
-    memory = Mock(images=torch.empty(1, pixels), sample=bank.sample)
 
-    distillation(parts, memory, steps=7, reuse=reuse)
+    distillation(parts, bank, steps=7, reuse=reuse)
 
     assert len(seen) == asked
 
@@ -2097,22 +2096,23 @@ def test_large_images_are_read_for_each_pass_and_change_no_student(folder, tmp_p
 
 def test_tiny_imagenet_is_read_from_its_official_tree(tmp_path):
     root = tmp_path / "tiny-imagenet-200"
-    for place in ("val/images", "train/n01/images", "train/n02/images"):
+    for place in ("val/images", "train/n02/images", "train/n01/images"):
         (root / place).mkdir(parents=True)
         for number in range(3):
             image = Image.new("RGB", (64, 64), (40 * number, 0, 0))
             image.save(root / place / f"val_{number}.png")
-    (root / "wnids.txt").write_text("n02\nn01\n")
-    annotations = "val_0.png\tn01\t0\nval_1.png\tn02\t0\nval_2.png\tn01\t0\n"
+    annotations = "val_0.png\tn02\t0\nval_1.png\tn01\t0\nval_2.png\tn02\t0\n"
     (root / "val/val_annotations.txt").write_text(annotations)
     args = train.parse_args(["--dataset", "tiny_imagenet", "--data-root", str(tmp_path)])
+    names = NAMES["tiny_imagenet"]
 
-    images, labels = nayer.test_batches("tiny_imagenet", tmp_path, None, 3, 64, "cpu")[0]
-    pairs, _ = train.training_images(args)
+    for _ in range(2):  # the second time, the images have moved
+        pairs, _ = train.training_images(args)
+        images, labels = nayer.test_batches("tiny_imagenet", tmp_path, names, 3, 64, "cpu")[0]
+        found = dict(zip(images[:, 0, 0, 0].tolist(), labels.tolist()))
 
-    assert labels.tolist() == [1, 0, 1]
-    assert images[:, 0, 0, 0].tolist() == [0, 40, 80]
-    assert [label for _, label in pairs] == [1, 1, 1, 0, 0, 0]
+        assert found == {0: 1, 40: 0, 80: 1}
+        assert [label for _, label in pairs] == [0, 0, 0, 1, 1, 1]
 
 
 def test_cifar_that_is_not_there_says_where_it_belongs(tmp_path, monkeypatch):

@@ -152,12 +152,22 @@ def training_digits(size):
     return list(zip(images, labels.tolist()))
 
 
-def training_tiny_imagenet(folder, channels, size):
-    """The official archive, with its classes in the order of wnids.txt."""
-    wnids = (folder / "wnids.txt").read_text().split()
-    pairs = nayer.image_folder(folder / "train", channels, size)
-    order = [wnids.index(name) for name in pairs.classes]
-    pairs.samples = [(path, order[label]) for path, label in pairs.samples]
+def training_tiny_imagenet(root, channels, size):
+    """The official archive, unpacked in root. Its classes are in the order of their folders.
+
+    Its validation images lie in one folder, beside a table of their classes. They move to where
+    nayer.py looks for images to score on: root/test, a folder per class, with the class's name."""
+    archive = root / "tiny-imagenet-200"
+    pairs = nayer.image_folder(archive / "train", channels, size)
+    names = json.loads((HERE / "class_names.json").read_text())["tiny_imagenet"]
+    name_of = dict(zip(pairs.classes, names))
+    for line in (archive / "val/val_annotations.txt").read_text().splitlines():
+        image, folder = line.split()[:2]
+        before = archive / "val/images" / image
+        after = root / "test" / name_of[folder] / image
+        if before.exists():
+            after.parent.mkdir(parents=True, exist_ok=True)
+            before.rename(after)
     return pairs
 
 
@@ -191,8 +201,7 @@ def training_images(args):
             kind = getattr(datasets, args.dataset.upper())
             pairs = kind(root, train=True, download=True, transform=v2.PILToTensor())
         elif args.dataset == "tiny_imagenet":
-            folder = root / "tiny-imagenet-200"
-            pairs = training_tiny_imagenet(folder, args.channels, args.image_size)
+            pairs = training_tiny_imagenet(root, args.channels, args.image_size)
         else:
             pairs = training_folder(root, args.channels, args.image_size)
     names = json.loads((HERE / "class_names.json").read_text())
