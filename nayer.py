@@ -325,8 +325,8 @@ class BatchStatistics(torch.autograd.Function):
         if x.device.type == "mps" or torch.compiler.is_compiling():  # both lack the kernel
             var, mean = torch.var_mean(x.float(), (0, 2, 3), correction=0)
         else:
-            running = torch.zeros(2, x.shape[1], device=x.device)  # the kernel insists on updating
-            mean, var = torch.batch_norm_update_stats(x, *running, momentum=0.0)
+            nobody_reads = torch.empty(2, x.shape[1], device=x.device)  # what the kernel updates
+            mean, var = torch.batch_norm_update_stats(x, *nobody_reads, momentum=0.0)
         ctx.save_for_backward(x, mean)
         return mean, var
 
@@ -334,7 +334,7 @@ class BatchStatistics(torch.autograd.Function):
     def backward(ctx, grad_mean, grad_var):
         x, mean = ctx.saved_tensors
         n = x.numel() // x.shape[1]  # pixels in a channel
-        slope = 2 * grad_var / n
+        slope = grad_var / (n / 2)
         offset = grad_mean / n - slope * mean
         slope = slope.to(x.dtype).view(1, -1, 1, 1)
         offset = offset.to(x.dtype).view(1, -1, 1, 1)
