@@ -478,7 +478,7 @@ class Augment:
 # ---- Half-steps ----------------------------------------------------------------------------------
 # An epoch has two: many steps of Z and G, then many steps of S. Each defines `step()`, a single
 # one, and `repeat` is its loop. A step changes tensors in place and reads no number from the
-# device, so that nothing waits for it.
+# device: so nothing waits for it, and a GPU can record it.
 def repeat(step, times, record=False):
     """step() again and again. Returns what it gave, a tensor each time, stacked (times, ...).
 
@@ -493,16 +493,17 @@ def repeat(step, times, record=False):
 
 
 def recorded(step):
-    """The step as a CUDA graph [ours]: a GPU starts its thousand kernels at once, where Python
-    takes longer to launch them one by one than they run.
+    """The step as a CUDA graph [ours]: one launch for all its kernels. A step has a thousand, and
+    Python launches them more slowly than a large GPU runs them.
 
-    A recording is of kernels and addresses. What a step reads, changes and draws must be tensors on
-    the device, the same ones each time; a Python number stays as it was. UserError if the step
-    reads a number from the device."""
+    What is recorded are kernels and addresses of memory. So the step must work on the same tensors
+    each time, all on the GPU; random numbers are drawn anew at each replay, but a Python number
+    stays what it was. UserError if the step reads a number from the GPU, which a recording cannot.
+    """
     graph = torch.cuda.CUDAGraph()
     remedy = "a network reads numbers from the GPU in its forward? leave out --cuda-graph"
     with explained(remedy), torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
-        result = step()  # nothing is computed yet
+        result = step()  # this computes nothing: `replay` does
 
     def replay():
         graph.replay()
@@ -540,9 +541,9 @@ def synthesize(
 
     inputs: e_y of each label, or what takes its place. teacher: frozen, in eval mode. augment: an
     `Augment`. lr: of Adam. alpha_*: the weights of the terms; with alpha_bn or alpha_adv of 0 that
-    term is not computed and counts as 0. Returns the images of the step with the lowest total loss,
-    before augmentation, uint8 (B, ch, H, W), and the losses of every step (steps, 4): those of
-    LOSSES, and their weighted sum. Nothing leaves the device in the loop."""
+    term is not computed and counts as 0. record: see `repeat`. Returns the images of the step with
+    the lowest total loss, before augmentation, uint8 (B, ch, H, W), and the losses of every step
+    (steps, 4): those of LOSSES, and their weighted sum."""
     # S stays in eval mode: the authors' is in train mode from the second batch of an epoch on, so
     # that the statistics of its BatchNorm are overwritten by half-made images [code].
     student.eval()
@@ -619,8 +620,9 @@ def distill(
 
     Nothing but T's softened answers is learnt from; the labels that G was asked for play no part.
     batch: images in a step. temperature: tau of L_KD. optimizer: of S; its state lives on.
-    reuse R > 1 [ours]: T answers 1/R of the epoch's views, and S passes R times over them. R = 4
-    takes 36 % less time (two Zen 5 cores).
+    reuse R > 1 [ours]: T answers 1/R of the epoch's views, which stay in memory, and S passes R
+    times over them. R = 4 takes 36 % less time (two Zen 5 cores). record: see `repeat`; only for
+    R = 1, since otherwise each step takes another part of that memory.
     mix [ours]: share of views blended with another; 0.5: +3.0 points (1.2 to 4.8) on CIFAR-10."""
     student.train()
     student.requires_grad_(True)
@@ -636,7 +638,7 @@ def distill(
         optimizer.step()
         return loss.detach()
 
-    return repeat(step, steps, record and reuse == 1)  # for R > 1 Python walks through a pool
+    return repeat(step, steps, record and reuse == 1)
 
 
 def learning_rate(peak, progress):
@@ -776,11 +778,10 @@ class Run:
         hidden_size = HIDDEN_SIZE
         images_per_matrix = min(C, args.synthesis_batch)  # K: one image of each class
         num_matrices = math.ceil(args.synthesis_batch / images_per_matrix)  # N
-        self.noisy_layer = NoisyLayer(D, num_matrices, images_per_matrix)
+        self.noisy_layer = NoisyLayer(D, num_matrices, images_per_matrix).to(self.device)
         if args.noisy_layer == "off":  # then all images of a class in a batch are the same
             self.noisy_layer = self.noisy_layer.norm
             hidden_size = D
-        self.noisy_layer.to(self.device)
         self.generator = self.on_device(Generator(hidden_size, *self.shape, args.generator_width))
 
     def make_images(self, num_batches, alpha_adv):
@@ -1403,8 +1404,9 @@ def test_batches(dataset, root, class_names, channels, image_size, device):
     """Batches (images uint8 (n, channels, size, size), labels (n,)) to score on, in a fixed
     order: small images are decoded once and stay on the device, large ones are read for each pass.
 
-    root: the folder of the data sets. class_names: in the order of T's outputs. UserError if images
-    are missing, damaged, or not what T was trained on."""
+    root: the folder of the data sets; but for digits and CIFAR, with the images in test/, a folder
+    per class. class_names: in the order of T's outputs. UserError if images are missing, damaged,
+    or not what T was trained on."""
     if dataset == "digits":
         data = test_digits(image_size)
     elif dataset in ("cifar10", "cifar100"):
@@ -1742,7 +1744,8 @@ def pick_device(name):
     with explained(f"there is no {device} here: use --device cpu"):
         torch.zeros(1, device=device)
     if device.type == "cuda":
-        return device, torch.cuda.get_device_capability() >= (8, 0)  # Ampere
+        # Before Ampere bf16 is slow, and float16 would need scaled losses.
+        return device, torch.cuda.get_device_capability() >= (8, 0)
     return device, name == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
 

@@ -1,7 +1,7 @@
 """Speed: `python results/speed.py compare | profile | limit`, from the project's root.
 
 compare  nayer.py, with and without bf16, with R = 4, and a plain loop in the way of the authors, in
-         turns
+         turns, on one device: a GPU if there is one
 profile  where the time of both half-steps goes, by torch.profiler
 limit    TFLOP/s of both half-steps, with and without --compile, and of a product of two matrices
 
@@ -36,6 +36,7 @@ MEAN = KNOWN.mean
 STD = KNOWN.std
 STEPS = 10  # timed steps of a comparison
 FEW = 3  # where one goes before that does not count: elsewhere, and of the slow plain generator
+DEVICE, _ = nayer.pick_device("auto")
 
 
 # ---- A plain loop --------------------------------------------------------------------------------
@@ -103,10 +104,10 @@ class Pictures(Dataset):
 
 def plain_generator_steps(teacher, student):
     """(seconds per step, the last step's images)"""
-    generator = PlainGenerator(1000, 3, 32)
-    noisy = PlainNoisyLayers(384, 40)
-    labels = torch.arange(10).repeat(40)
-    embeddings = torch.randn(10, 384)
+    generator = PlainGenerator(1000, 3, 32).to(DEVICE)
+    noisy = PlainNoisyLayers(384, 40).to(DEVICE)
+    labels = torch.arange(10, device=DEVICE).repeat(40)
+    embeddings = torch.randn(10, 384, device=DEVICE)
     hooks = [StatisticsHook(m) for m in teacher.modules() if isinstance(m, nn.BatchNorm2d)]
     parameters = [*generator.parameters(), *noisy.parameters()]
     optimizer = torch.optim.Adam(parameters, 4e-3, (0.5, 0.999))
@@ -127,12 +128,13 @@ def plain_generator_steps(teacher, student):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        # This waits for the device, so that the clock is read when the step is done.
         print(step, loss_ce.item(), loss_bn.item(), loss_adv.item(), file=sys.stderr)
     return (time.perf_counter() - start) / FEW, images.detach()
 
 
 def save_pictures(folder, images):
-    pixels = (images * 255).byte().permute(0, 2, 3, 1).numpy()
+    pixels = (images * 255).byte().permute(0, 2, 3, 1).cpu().numpy()
     for k, image in enumerate(pixels):
         Image.fromarray(image).save(folder / f"{k}.png")
 
@@ -144,6 +146,7 @@ def plain_student_steps(teacher, student, folder):
     student.train()
     start = time.perf_counter()
     for step, views in enumerate(loader):
+        views = views.to(DEVICE)
         with torch.no_grad():
             answers = teacher(views)
         loss = nayer.distillation_loss(student(views), answers, 20)
@@ -157,8 +160,9 @@ def plain_student_steps(teacher, student, folder):
 def plain_loop():
     """(seconds per generator step, seconds per student step)"""
     torch.manual_seed(0)
-    teacher = nayer.load_model(ROOT / "teachers/cifar10_wrn40_2.safetensors").requires_grad_(True)
-    student = nayer.build_model("wrn16_2", 10)
+    teacher = nayer.load_model(ROOT / "teachers/cifar10_wrn40_2.safetensors").to(DEVICE)
+    teacher.requires_grad_(True)
+    student = nayer.build_model("wrn16_2", 10).to(DEVICE)
     generator_step, images = plain_generator_steps(teacher, student)
     with tempfile.TemporaryDirectory() as folder:
         save_pictures(Path(folder), images)
@@ -183,10 +187,10 @@ def time_plain():
 
 
 def time_shipped(flags):
-    """Likewise of nayer.py, as its summary has it: every step counts, the first too."""
+    """Likewise of nayer.py, as its summary has it: of the second epoch. The first is warm-up."""
     with tempfile.TemporaryDirectory() as out:
         command = (
-            "nayer.py --dataset cifar10 --warmup-epochs 0 --epochs 1 --batches 1 --no-eval "
+            "nayer.py --dataset cifar10 --warmup-epochs 0 --epochs 2 --batches 1 --no-eval "
             f"--agree-batches 0 --generator-steps {STEPS} --out {out}/run {flags}"
         )
         call = [sys.executable, *command.split()]
