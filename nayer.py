@@ -93,7 +93,7 @@ SHIPPED = Path(__file__).resolve().parent / "teachers"  # trained teachers, labe
 TEXT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"  # made the shipped embeddings
 HIDDEN_SIZE = 1000  # H, what Z gives to G [code]
 NOISE_SIZE = 256  # numbers per image, for --label-input noise
-SCORED = 200  # images in a batch where no gradient is needed
+SCORED = 200  # images in a batch for scoring
 SMALL = 64  # pixels; for larger images G is deeper [code], and test images stay on disk
 
 # How a data set's images look, and were normalised for its teachers: flags, as you type them.
@@ -107,8 +107,8 @@ IMAGES = dict(
 
 # A preset is a piece of command line that stands before yours, so that your flags win. What it
 # leaves out is as in cifar10, the published run, whose settings are all here. The first three are
-# those of the authors' scripts [code], but for the text encoder and --agree-batches. What each flag
-# means says `python nayer.py --help`.
+# those of the authors' scripts [code], but for the text encoder and --agree-batches.
+# `python nayer.py --help` says what each flag means.
 PRESETS = dict(
     cifar10=(
         f"--teacher wrn40_2 --student wrn16_2 --text-encoder {TEXT_ENCODER} "
@@ -290,7 +290,7 @@ class Generator(nn.Module):
         maps = maps.contiguous(memory_format=torch.channels_last)
         images = self.layers(maps).float().sigmoid()
         size = self.image_shape[1]
-        return images[:, :, :size, :size]  # (B, ch, s, s); doubling makes 80 of 68
+        return images[:, :, :size, :size]  # (B, ch, s, s); for 68 pixels, 5 becomes 80
 
 
 def class_sets(num_classes, batch, device="cpu", number=0):
@@ -362,7 +362,7 @@ class BatchNormLoss:
         for i, layer in enumerate(self.layers):
             layer.register_forward_pre_hook(partial(self.read, i))
         # All layers' mu and var lie in one vector, so that the loss is a few large operations, not
-        # nine a layer. `owner` tells for each number which of the 2L norms it belongs to.
+        # a few for each layer. `owner` tells to which layer's mu or var each number belongs.
         if self.layers:
             self.stored = self.mixed()
             vectors = [values for pair in self.seen for values in pair]
@@ -482,8 +482,8 @@ class Augment:
 def repeat(step, times, record=False):
     """step() again and again. Returns what it gave, a tensor each time, stacked (times, ...).
 
-    record: see `recorded`. The first step is run as it is: it tries kernels out, compiles what is
-    to be compiled, and makes the state of an optimizer."""
+    record: see `recorded`. Not the first step, in which kernels are tried out, networks compiled,
+    and the optimizer's state made."""
     results = []
     for i in tqdm(range(times), leave=False, disable=None):
         if record and i == 1:
@@ -501,7 +501,7 @@ def recorded(step):
     stays what it was. UserError if the step reads a number from the GPU, which a recording cannot.
     """
     graph = torch.cuda.CUDAGraph()
-    remedy = "a network reads numbers from the GPU in its forward? leave out --cuda-graph"
+    remedy = "a step cannot be recorded: leave out --cuda-graph"
     with explained(remedy), torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
         result = step()  # this computes nothing: `replay` does
 
@@ -516,7 +516,7 @@ def recorded(step):
 # To add a term, touch five places: its name in LOSSES; in `synthesize` its weight in the signature,
 # and its value in the sum and in the stack of `step`; in `Run.make_images` the argument; the flag,
 # a line of FLAGS such as "--alpha-tv  float 0 9  weight of L_TV", and its default, in PRESETS.
-# Its terms, as `synthesize` stacks them: the columns of all tables and pictures follow from these.
+# The terms, as `synthesize` stacks them; columns of log.csv and of the console follow from these.
 LOSSES = ("loss_ce", "loss_bn", "loss_adv")
 
 
@@ -543,7 +543,7 @@ def synthesize(
     `Augment`. lr: of Adam. alpha_*: the weights of the terms; with alpha_bn or alpha_adv of 0 that
     term is not computed and counts as 0. record: see `repeat`. Returns the images of the step with
     the lowest total loss, before augmentation, uint8 (B, ch, H, W), and the losses of every step
-    (steps, 4): those of LOSSES, and their weighted sum."""
+    (steps, 4): those of LOSSES, and their weighted sum. Call bn_loss.update() after it."""
     # S stays in eval mode: the authors' is in train mode from the second batch of an epoch on, so
     # that the statistics of its BatchNorm are overwritten by half-made images [code].
     student.eval()
@@ -589,8 +589,9 @@ def blend(views, fraction):
 def lessons(teacher, memory, augment, batch, pool, reuse, mix):
     """Endless batches to learn from: views (batch, ch, H, W) and T's logits on them (batch, C).
 
-    T is asked about `pool` batches of new views in advance, and S passes `reuse` times over them,
-    each time in another order; then come new ones."""
+    T is asked about `pool` batches of new views in advance, which stay in memory as float32, and S
+    passes `reuse` times over them, each time in another order; then come new ones. mix: see
+    `blend`."""
     while True:
         views = augment(memory.sample(pool * batch).float() / 255)
         if mix:
@@ -620,10 +621,10 @@ def distill(
 
     Nothing but T's softened answers is learnt from; the labels that G was asked for play no part.
     batch: images in a step. temperature: tau of L_KD. optimizer: of S; its state lives on.
-    reuse R > 1 [ours]: T answers 1/R of the epoch's views, which stay in memory, and S passes R
-    times over them. R = 4 takes 36 % less time (two Zen 5 cores). record: see `repeat`; only for
-    R = 1, since otherwise each step takes another part of that memory.
-    mix [ours]: share of views blended with another; 0.5: +3.0 points (1.2 to 4.8) on CIFAR-10."""
+    reuse R > 1 [ours]: an epoch has 1/R as many views, and S learns from each R times. R = 4 takes
+    36 % less time (two Zen 5 cores).
+    mix [ours]: share of views blended with another; 0.5: +3.0 points (1.2 to 4.8) on CIFAR-10.
+    record: see `repeat`; for R = 1 alone, since otherwise each step reads another place."""
     student.train()
     student.requires_grad_(True)
     # Batches that T is asked about in advance; for R = 1 new views at every step.
@@ -662,9 +663,9 @@ class Run:
         # The fastest kernels that a trial finds, or those that give the same bits each time.
         torch.backends.cudnn.benchmark = not args.deterministic
         torch.use_deterministic_algorithms(args.deterministic)
-        if args.deterministic:
-            os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # what these algorithms insist on
-        # What is recorded must run on a stream of its own, from its first step on: so all does.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what these insist on
+        # A recording needs another stream than the default one. The whole run uses it, since what
+        # backward() keeps belongs to the stream of the step that made it.
         self.record = args.cuda_graph and self.device.type == "cuda"
         if self.record:
             torch.cuda.set_stream(torch.cuda.Stream())
@@ -690,14 +691,14 @@ class Run:
         else:
             embeddings = torch.zeros(len(names), NOISE_SIZE)  # noise takes their place
         self.label_embeddings = embeddings.to(self.device)  # (C, D)
-        self.new_generator()  # a checkpoint is loaded into these; a new run makes others
+        self.new_generator()  # for a checkpoint to be loaded into; an epoch makes its own
         batches = args.warmup_epochs * args.warmup_batches + args.epochs * args.batches
         capacity = args.bank_size or batches * args.synthesis_batch
         self.memory = MemoryBank(capacity, *self.shape, self.device)
 
         # What tells how good S is, and the tables that say so.
         self.test = None  # batches of real images, for the column `accuracy`
-        self.rows = []  # of log.csv, a dict for each finished epoch
+        self.rows = []  # of log.csv, a dict for each epoch; `main` fills the last one
         if args.eval:
             with explained(f"no test images of {args.dataset}; --no-eval distils without them"):
                 self.test = test_batches(
@@ -720,7 +721,7 @@ class Run:
         C = logits.shape[1]
         names = info["class_names"] = info["class_names"] or [f"class {k}" for k in range(C)]
         check(len(names) == C, f"{len(names)} class names, but {args.teacher} has {C} outputs")
-        # A layer that the pass has met was read, so that its mean depends on the images.
+        # Of the layers that this pass has met, the mean has a gradient.
         norms = sum(mean.requires_grad for mean, _ in self.bn_loss.seen)
         source = "--class-names" if args.class_names else "its description"
         line = (
@@ -920,7 +921,7 @@ run
 --agree-batches    int 0 1e9    batches made before the run, on which S is judged
 --amp              switch       bf16 autocast (default: where the device is fast with it)
 --compile          switch       torch.compile for T, S and G
---cuda-graph       switch       record steps on a GPU, replay them (not yet run on a GPU)
+--cuda-graph       switch       record the steps and replay them; not yet run on a GPU
 --deterministic    switch       same seed, same bits, also on a GPU; slower there
 networks and class names
 --teacher          text         T: name, model file, file.py:function
@@ -947,7 +948,7 @@ generator
 --alpha-adv        float 0 1e38   weight of L_adv, off in the warm-up
 --bn-momentum      float 0 1    share of the moving average in L_BN; 0: none
 --label-input      lte|onehot|noise  what Z reads
---noisy-layer      reinit|fixed|off  drawn for each batch, once, or no Z at all
+--noisy-layer      reinit|fixed|off  matrices drawn for each batch, for each generator, or none
 student
 --student-steps    int 1 1e9    distillation steps per epoch
 --student-batch    int 2 1e9    images in a student step
@@ -1271,7 +1272,6 @@ def load_teacher(args):
         teacher = load_model(path)
     # What it is: its classes, and the images that it was trained on.
     info = teacher.info
-    flags = vars(args)
     known = vars(parse_args(IMAGES[args.dataset].split()))  # of these, the four below
     names_file = SHIPPED / "class_names.json"
     if names_file.exists():
@@ -1280,7 +1280,7 @@ def load_teacher(args):
     with explained(f"the description of {name}: {text}"):
         missing = []
         for key in ("class_names", "image_size", "mean", "std"):
-            info[key] = flags[key] or info.get(key) or known[key]
+            info[key] = getattr(args, key) or info.get(key) or known[key]
             optional = key == "class_names" and args.label_input != "lte"
             if not info[key] and not optional:
                 missing.append("--" + key.replace("_", "-"))
@@ -1428,9 +1428,12 @@ def test_batches(dataset, root, class_names, channels, image_size, device):
 # ---- Scores and pictures -------------------------------------------------------------------------
 @torch.no_grad()
 def predict(model, images, augment):
-    """The class (n,) that `model` names for each of `images`, uint8 (n, ch, H, W)."""
+    """The class (n,) that `model` names for each of `images`, uint8 (n, ch, H, W). The model is in
+    eval mode, and all are on one device."""
     views = augment.normalize(images.float() / 255).split(SCORED)
-    return torch.cat([model.forward(part).argmax(1) for part in views])  # as it is, not compiled
+    return torch.cat(
+        [model.forward(part).argmax(1) for part in views]
+    )  # not compiled: sizes differ
 
 
 def accuracy(model, batches, augment):
@@ -1509,8 +1512,8 @@ def draw_samples(path, images, labels, class_names):
 # checkpoint.pt is written last in every epoch, so that a kill at any moment leaves this epoch's
 # state or the one before; memory/ holds the bank's images, a file an epoch. No random state is
 # kept: the random numbers of an epoch follow from --seed and the epoch alone [ours].
-# FREE: what a resumed run may change: it decides no number, or its content is compared. SHOWN:
-# columns on the console, and their formats.
+# FREE: what a resumed run may change: it decides rounding at most, or its content is compared.
+# SHOWN: columns on the console, and their formats.
 FREE = (
     "out preset data_root device resume eval compile cuda_graph deterministic teacher class_names"
 ).split()
@@ -1525,7 +1528,7 @@ def seed_epoch(seed, epoch):
     """Seed torch from the two, hashed, so that no two epochs share random numbers.
 
     epoch: its number; -1 for the images that `agree` is read on."""
-    torch.manual_seed(random.Random(repr((seed, epoch, 0))).getrandbits(63))  # the 0 means nothing
+    torch.manual_seed(random.Random(repr((seed, epoch, 0))).getrandbits(63))
 
 
 def say(text):
@@ -1547,7 +1550,7 @@ def show(row):
 def check_finite(losses, place):
     """UserError that names the first of the `losses`, a tensor of any shape, that is not finite.
 
-    place: words for the epoch, and for what each number of that one's index counts."""
+    place: words for the epoch, and names for the dimensions of `losses`."""
     bad = (~losses.isfinite()).nonzero().tolist()
     if bad:
         raise UserError(f"a loss is not finite, {place} = {bad[0]}: lower --lr or --generator-lr")
@@ -1583,9 +1586,10 @@ def settings_of(run):
 
 
 def save(run, images, labels, losses):
-    """After an epoch: the table, a picture, the student, the epoch's images, uint8 (n, ch, H, W),
-    with their labels (n,) and the losses of all steps (batches, steps, those of LOSSES and their
-    weighted sum), and last the checkpoint."""
+    """Write the table, a picture, the student, what the epoch has made, and last the checkpoint.
+
+    images: uint8 (n, ch, H, W). labels: (n,). losses: (batches, steps, len(LOSSES) + 1). All of the
+    epoch, and on the CPU. UserError if a file cannot be written."""
     args, out, info, row = run.args, run.args.out, run.info, run.rows[-1]
     epoch = f"epoch_{row['epoch']:03d}"
     write_table(out / "log.csv", run.rows)
@@ -1607,8 +1611,8 @@ def save(run, images, labels, losses):
         del parts["generator"], parts["noisy_layer"]
     elif args.noisy_layer == "reinit":
         del parts["noisy_layer"]["weight"], parts["noisy_layer"]["bias"]
-    about = dict(settings=settings_of(run), average=run.bn_loss.average, rows=run.rows)
-    save_tensors(out / "checkpoint.pt", about | parts)
+    rest = dict(settings=settings_of(run), average=run.bn_loss.average, rows=run.rows)
+    save_tensors(out / "checkpoint.pt", rest | parts)
 
 
 def save_tensors(path, content):
@@ -1625,8 +1629,9 @@ def load_tensors(path, device):
 
 
 def begin(argv):
-    """The run that these flags ask for. A checkpoint in --out is put into it; UserError if that is
-    damaged, or of other settings. On a CPU the run goes on with the same bits."""
+    """The run that these flags ask for. A checkpoint in --out is put into it, and it goes on as if
+    it had not been stopped, on a CPU to the bit; UserError if that is damaged, or of other
+    settings."""
     args = parse_args(argv)
     torch.manual_seed(args.seed)  # for the weights of S; each epoch has a seed of its own
     teacher = load_teacher(args)
@@ -1647,10 +1652,12 @@ def begin(argv):
 
 
 def open_folder(args):
-    """(the lock on --out, the state of the checkpoint there, or None in a new folder)
+    """(the lock on --out, the state of the checkpoint there, or None in a new folder). Where a run
+    goes on, args.amp becomes what it was.
 
-    UserError if another run is at work there: each holds a lock, which the operating system takes
-    back when its process ends, however it ends. Two cells of a notebook are one process."""
+    UserError if there is a checkpoint and no --resume, if it is damaged, or if another run is at
+    work there: each holds a lock, which the operating system takes back when its process ends,
+    however it ends. A second cell of the same notebook is not refused."""
     with explained(f"cannot write to {args.out}, or another run does: choose another --out"):
         lock = filelock.FileLock(args.out / "lock", timeout=0, is_singleton=True)
         lock.acquire()  # makes the folder
@@ -1671,8 +1678,9 @@ def resume(run, state):
     changed = [f"{key} {old.get(key)} -> {new[key]}" for key in new if old.get(key) != new[key]]
     check(not changed, f"{run.args.out} is of a run with other settings: {'; '.join(changed)}")
     for name in PARTS:
-        part = getattr(run, name)
-        part.load_state_dict(part.state_dict() | state.get(name, {}))
+        whole = getattr(run, name).state_dict()
+        whole.update(state.get(name, {}))  # what is not kept stays as it is: see `save`
+        getattr(run, name).load_state_dict(whole)
     run.bn_loss.average = state["average"]
     run.rows = state["rows"]
     for row in run.rows:  # all epochs, so that the ring stands as it did
@@ -1700,7 +1708,7 @@ def finish(run):
     summary |= last
     summary |= dict(device=str(run.device), torch=torch.__version__, teacher=args.teacher)
     summary["settings"] = settings_of(run)
-    run.lock.release()  # the run is complete: what follows repeats it in another form
+    run.lock.release()  # the run is complete: the summary adds nothing to its files
     with replaced(out / "summary.json") as temporary:
         temporary.write_text(json.dumps(summary, indent=2) + "\n")
     return summary
@@ -1766,7 +1774,7 @@ def run_script(main):
         line = str(error)
     except RuntimeError as error:
         if re.search("out of memory|allocate memory|tried to allocate", str(error)):
-            line = "out of memory: lower --synthesis-batch, --student-batch or --bank-size"
+            line = "out of memory: lower --synthesis-batch, --student-batch, --bank-size or --reuse"
         elif "No working C++ compiler" in str(error):
             line = "--compile finds no compiler here: install one, or leave --compile out"
         else:
