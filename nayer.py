@@ -300,8 +300,7 @@ def class_sets(num_classes, batch, device="cpu", number=0):
     [ours] So any B and C will do (theirs: a multiple of C); no matrix meets a class twice."""
     classes = torch.arange(num_classes, device=device)
     if batch < num_classes:
-        apart = num_classes // batch
-        return (classes[:batch] * apart + number) % num_classes
+        return (classes[:batch] * (num_classes // batch) + number) % num_classes
     sets, rest = divmod(batch, num_classes)
     in_order = classes.repeat(sets)  # 0 .. C-1, 0 .. C-1, ...
     return torch.cat([in_order, torch.randperm(num_classes, device=device)[:rest]])
@@ -733,8 +732,7 @@ class Run:
         if info.get("accuracy"):
             line += f", {info['accuracy']:.2%}, {info.get('trained_on')}"
         say(line)
-        text = f"{args.teacher} passes no BatchNorm2d for L_BN: add --alpha-bn 0"
-        check(norms or args.alpha_bn == 0, text)
+        check(norms or args.alpha_bn == 0, f"{args.teacher} uses no BatchNorm2d: add --alpha-bn 0")
         if norms and not any(layer.running_mean.any() for layer in self.bn_loss.layers):
             say("warning: T's BatchNorm statistics are those of a new network: is it trained?")
         self.student = self.on_device(load_student(args.student, C, *self.shape))
@@ -991,8 +989,7 @@ def kind_of(text):
         return dict(type=float, nargs="+")
     types = dict(int=int, float=float, path=Path, text=str, names=read_names)
     if limits:
-        low, high = limits
-        return dict(type=number(types[kind], float(low), float(high)))
+        return dict(type=number(types[kind], *map(float, limits)))
     return dict(type=types[kind])
 
 
@@ -1419,6 +1416,7 @@ def test_batches(dataset, root, class_names, channels, image_size, device):
             data = kind(root, train=False, download=True, transform=fit)
     else:
         data = label_by_name(image_folder(root / "test", channels, image_size), class_names)
+    check(len(data[0][0]) == channels, f"{dataset} is not of {channels} channels: see --dataset")
     batches = torch.utils.data.DataLoader(data, SCORED)
     if image_size > SMALL:
         return batches
@@ -1505,7 +1503,7 @@ def draw_samples(path, images, labels, class_names):
         place = (i + 0.5) * width
         axes.text(place, -2, class_names[k], rotation=45, parse_math=False)
     axes.axis("off")
-    axes.figure.savefig(path, dpi=100, format="png", bbox_inches="tight")
+    axes.figure.savefig(path, format="png", bbox_inches="tight")
 
 
 # ---- The files of a run --------------------------------------------------------------------------
@@ -1525,7 +1523,8 @@ COLUMNS = [*SHOWN, "seconds_synthesis", "seconds_distillation"]  # of log.csv
 
 
 def seed_epoch(seed, epoch):
-    """Seed torch from the two, hashed, so that no two epochs share random numbers.
+    """Seed torch from the two, hashed, so that no two epochs share random numbers. (The 0 is there
+    for the sake of the published students: without it, all would be others.)
 
     epoch: its number; -1 for the images that `agree` is read on."""
     torch.manual_seed(random.Random(repr((seed, epoch, 0))).getrandbits(63))
@@ -1606,13 +1605,13 @@ def save(run, images, labels, losses):
     save_model(out / "student.safetensors", run.student, about)
     save_tensors(out / f"memory/{epoch}.pt", dict(images=images, labels=labels, losses=losses))
     # All but what is made anew before the next step: a generator whose life is over, Z's matrices.
-    parts = {name: getattr(run, name).state_dict() for name in PARTS}
+    state = {name: getattr(run, name).state_dict() for name in PARTS}
     if len(run.rows) % args.generator_life == 0:
-        del parts["generator"], parts["noisy_layer"]
+        del state["generator"], state["noisy_layer"]
     elif args.noisy_layer == "reinit":
-        del parts["noisy_layer"]["weight"], parts["noisy_layer"]["bias"]
-    rest = dict(settings=settings_of(run), average=run.bn_loss.average, rows=run.rows)
-    save_tensors(out / "checkpoint.pt", rest | parts)
+        del state["noisy_layer"]["weight"], state["noisy_layer"]["bias"]
+    state |= dict(settings=settings_of(run), average=run.bn_loss.average, rows=run.rows)
+    save_tensors(out / "checkpoint.pt", state)
 
 
 def save_tensors(path, content):
@@ -1689,6 +1688,7 @@ def resume(run, state):
 
 
 NEXT = """The student is {out}/student.safetensors, its images are in {out}/samples.
+(README.md says how a network of your own is loaded.)
 export it:           python -c "import nayer, torch; \
 S = nayer.load_model(r'{out}/student.safetensors'); \
 torch.export.save(torch.export.export(S, (torch.rand{shape},)), 'student.pt2')"
