@@ -17,6 +17,7 @@ counts              what each preset needs, counted: images, bytes, steps, opera
 import contextlib
 import csv
 import glob
+import io
 import json
 import statistics
 import sys
@@ -798,7 +799,7 @@ def short_run(flags, out):
     """A run whose epochs have a single batch. Returns {half-step: operations of the last one}."""
     short = "--batches 1 --student-batch 10 --no-amp --device cpu --no-eval --agree-batches 0"
     counts = {}
-    with contextlib.redirect_stdout(None), counted(nayer.synthesize, counts):
+    with contextlib.redirect_stdout(io.StringIO()), counted(nayer.synthesize, counts):
         with counted(nayer.distill, counts):
             nayer.main(f"{flags} --epochs 1 {short} --out {out}".split())
     return counts
