@@ -1416,7 +1416,9 @@ def test_batches(dataset, root, class_names, channels, image_size, device):
             data = kind(root, train=False, download=True, transform=fit)
     else:
         data = label_by_name(image_folder(root / "test", channels, image_size), class_names)
-    check(len(data[0][0]) == channels, f"{dataset} is not of {channels} channels: see --dataset")
+    check(
+        len(data[0][0]) == channels, f"T reads {channels} channels, {dataset} others: see --dataset"
+    )
     batches = torch.utils.data.DataLoader(data, SCORED)
     if image_size > SMALL:
         return batches
@@ -1429,9 +1431,8 @@ def predict(model, images, augment):
     """The class (n,) that `model` names for each of `images`, uint8 (n, ch, H, W). The model is in
     eval mode, and all are on one device."""
     views = augment.normalize(images.float() / 255).split(SCORED)
-    return torch.cat(
-        [model.forward(part).argmax(1) for part in views]
-    )  # not compiled: sizes differ
+    # `forward` is not compiled: that would be done anew for each size of a batch.
+    return torch.cat([model.forward(part).argmax(1) for part in views])
 
 
 def accuracy(model, batches, augment):
