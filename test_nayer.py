@@ -1997,7 +1997,7 @@ OWN {}/my.py:normless                           | --alpha-bn 0
 --mean 123.675                                  | divide by 255
 --mean nan                                      | divide by 255
 --mean 0.5 0.5 0.5                              | --mean
---dataset digits OWN {}/my.py:student --mean 0 0 0 --std 1 1 1 --class-names {}/37.txt | T reads 3 channels
+--dataset digits OWN {}/my.py:student --mean 0 0 0 --std 1 1 1 --class-names {}/37.txt | T reads 3
 --class-names {}/2.txt                          | 2 class names
 --class-names {}/twice.txt                      | lines 9 and 10 are both '9'
 --class-names {}/bytes.txt                      | bytes.txt
