@@ -324,8 +324,8 @@ class BatchStatistics(torch.autograd.Function):
         if x.device.type == "mps" or torch.compiler.is_compiling():  # both lack the kernel
             var, mean = torch.var_mean(x.float(), (0, 2, 3), correction=0)
         else:
-            nobody_reads = torch.empty(2, x.shape[1], device=x.device)  # what the kernel updates
-            mean, var = torch.batch_norm_update_stats(x, *nobody_reads, momentum=0.0)
+            scratch = torch.empty(2, x.shape[1], device=x.device)  # the kernel writes, nobody reads
+            mean, var = torch.batch_norm_update_stats(x, *scratch, momentum=0.0)
         ctx.save_for_backward(x, mean)
         return mean, var
 
@@ -500,9 +500,9 @@ def recorded(step):
     stays what it was. UserError if the step reads a number from the GPU, which a recording cannot.
     """
     graph = torch.cuda.CUDAGraph()
-    remedy = "a step cannot be recorded: leave out --cuda-graph"
-    with explained(remedy), torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
-        result = step()  # this computes nothing: `replay` does
+    with explained("a step cannot be recorded: leave out --cuda-graph"):
+        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+            result = step()  # this computes nothing: `replay` does
 
     def replay():
         graph.replay()
@@ -662,7 +662,8 @@ class Run:
         # The fastest kernels that a trial finds, or those that give the same bits each time.
         torch.backends.cudnn.benchmark = not args.deterministic
         torch.use_deterministic_algorithms(args.deterministic)
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what these insist on
+        if args.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what these insist on
         # A recording needs another stream than the default one. The whole run uses it, since what
         # backward() keeps belongs to the stream of the step that made it.
         self.record = args.cuda_graph and self.device.type == "cuda"
@@ -791,9 +792,9 @@ class Run:
         for _ in range(num_batches):
             if args.noisy_layer == "reinit":
                 self.noisy_layer.reinitialize()  # once per batch, not per step [code]
-            C, B = len(self.label_embeddings), args.synthesis_batch
+            B = args.synthesis_batch
             number = self.memory.added // B + len(made)  # of this batch
-            labels = class_sets(C, B, self.device, number)
+            labels = class_sets(len(self.label_embeddings), B, self.device, number)
             inputs = self.label_embeddings[labels]  # e_y (B, D)
             if args.label_input == "noise":
                 inputs = torch.randn_like(inputs)
@@ -1706,8 +1707,7 @@ def finish(run):
         teacher_accuracy=run.info.get("accuracy"),
     )
     say(NEXT.format(out=out, shape=(2, *run.shape, run.shape[1])))
-    summary |= last
-    summary |= dict(device=str(run.device), torch=torch.__version__, teacher=args.teacher)
+    summary |= last | dict(device=str(run.device), torch=torch.__version__, teacher=args.teacher)
     summary["settings"] = settings_of(run)
     run.lock.release()  # the run is complete: the summary adds nothing to its files
     with replaced(out / "summary.json") as temporary:

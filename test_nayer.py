@@ -1172,10 +1172,10 @@ def test_recorded_steps_are_the_plain_ones(flags, tmp_path, monkeypatch):
     assert end_of(tmp_path / "recorded") == end_of(tmp_path / "plain")
 
 
-old_torch = pytest.mark.skipif(torch.__version__ < "2.14", reason="not so in this torch")
+needs_new_torch = pytest.mark.skipif(torch.__version__ < "2.14", reason="an older torch")
 
 
-@old_torch
+@needs_new_torch
 def test_no_operation_meets_two_devices(monkeypatch):
     """On a GPU that is none: its tensors have a device, a shape and a type, and no content."""
     monkeypatch.setattr(torch.Tensor, "backward", Mock())  # torch's own asks for a driver
@@ -1233,7 +1233,7 @@ def test_cuda_gives_the_same_losses_within_rounding(flags, gpu_log, tmp_path):
             assert row[key] == pytest.approx(expected[key], rel=0.1)
 
 
-@old_torch
+@needs_new_torch
 def test_nothing_is_compiled_after_the_second_epoch_with_distillation(
     straight, tmp_path, monkeypatch
 ):

@@ -361,7 +361,7 @@ def fresh_images(action):
         command = f"{PLAN[action].budget} --seed 1000 --warmup-epochs 0 --epochs 1 --batches 1"
         command += f" --student-steps 1 --no-eval --resume --out {path}"
         nayer.main(command.split())
-    images, _ = torch.load(path / "agree.pt", weights_only=True)[0]
+    images, _ = nayer.load_tensors(path / "agree.pt", "cpu")[0]
     return images
 
 

@@ -70,7 +70,7 @@ def label_embeddings(run):
 
 def saved(run, epoch):
     """Images, labels and losses of an epoch, a dict."""
-    return torch.load(run / "memory" / f"epoch_{epoch:03d}.pt", weights_only=True)
+    return nayer.load_tensors(run / "memory" / f"epoch_{epoch:03d}.pt", "cpu")
 
 
 def made(run, epoch):

@@ -152,14 +152,14 @@ def training_digits(size):
     return list(zip(images, labels.tolist()))
 
 
-def training_tiny_imagenet(root, channels, size):
-    """The official archive, unpacked in root. Its classes are in the order of their folders.
+def training_tiny_imagenet(root, names, channels, size):
+    """The official archive, unpacked in root. Its classes, whose names are given, are in the order
+    of their folders.
 
     Its validation images lie in one folder, beside a table of their classes. They move to where
     nayer.py looks for images to score on: root/test, a folder per class, with the class's name."""
     archive = root / "tiny-imagenet-200"
     pairs = nayer.image_folder(archive / "train", channels, size)
-    names = json.loads((HERE / "class_names.json").read_text())["tiny_imagenet"]
     name_of = dict(zip(pairs.classes, names))
     for line in (archive / "val/val_annotations.txt").read_text().splitlines():
         image, folder = line.split()[:2]
@@ -194,6 +194,7 @@ def classes_of(data):
 def training_images(args):
     """((image uint8 (ch, H, W), label) pairs to train on, class names)."""
     root = args.data_root
+    names = json.loads((HERE / "class_names.json").read_text()).get(args.dataset)
     with nayer.explained(f"cannot read {args.dataset} in {root}"):
         if args.dataset == "digits":
             pairs = training_digits(args.image_size)
@@ -201,13 +202,10 @@ def training_images(args):
             kind = getattr(datasets, args.dataset.upper())
             pairs = kind(root, train=True, download=True, transform=v2.PILToTensor())
         elif args.dataset == "tiny_imagenet":
-            pairs = training_tiny_imagenet(root, args.channels, args.image_size)
+            pairs = training_tiny_imagenet(root, names, args.channels, args.image_size)
         else:
             pairs = training_folder(root, args.channels, args.image_size)
-    names = json.loads((HERE / "class_names.json").read_text())
-    if args.dataset in names:
-        return pairs, names[args.dataset]
-    return pairs, pairs.classes
+    return pairs, names or pairs.classes
 
 
 def stack(pairs):
