@@ -22,7 +22,7 @@ a noisy layer Z between the two, drawn anew for every batch:  x = G(Z(e_y)).
     G       generator                                Generator
     Z       noisy layer                              NoisyLayer, .reinitialize()
     e_y     label-text embedding of class y          label_embeddings (C, D)
-    x^      synthetic images in [0, 1]               images (B, ch, H, W)
+    x^      synthetic images in [0, 1]               images (B, ch, h, w)
     M       memory of synthetic images               MemoryBank
     L_CE    cross-entropy of T's logits with y       --alpha-ce
     L_BN    distance to T's BatchNorm statistics     BatchNormLoss, --alpha-bn
@@ -30,16 +30,14 @@ a noisy layer Z between the two, drawn anew for every batch:  x = G(Z(e_y)).
     L_KD    distance of S's logits from T's          distillation_loss, --temperature (tau)
     B       images in a batch                        --synthesis-batch
     C       classes
-    D, H    numbers in an embedding; from Z to G     256 to 768; HIDDEN_SIZE
-    N, K    noisy matrices; images of each           ceil(B / K); C
+    D, H    size of e_y, of Z's output (B, H)        HIDDEN_SIZE = H
+    N, K    noisy matrices, images of each matrix    N = ceil(B / K), K = C (or B, if B < C)
+    view    image, cropped, mirrored, normalised     Augment
 
 Tags: [paper] stated in the paper, [code] only in the authors' code, [ours] our own decision.
 
-Order: presets and flags; the parts of the method, in the order of the paper; the two phases of an
-epoch, `synthesize` (over G and Z) and `distill` (over S); `main`, which builds everything and
-loops. Below the banner after it: networks, test images, files, errors. What stands between the
-flags and `main` runs without the rest of the file: it needs torch, math, re, tqdm, and the two
-constants HIDDEN_SIZE and SMALL_IMAGE.
+Order: presets and flags; the parts of the method, in the order of the paper; `main`, which builds
+everything and loops; a banner, and below it what surrounds the method. The parts run alone.
 
 Paper: Tran et al., NAYER: Noisy Layer Data Generation for Efficient and Effective Data-free
 Knowledge Distillation, CVPR 2024, arXiv 2310.00258.
@@ -69,7 +67,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm  # in a notebook: its kind of bar
+from tqdm.auto import tqdm  # a bar for the console or for a notebook
 
 # What only some runs need is imported where it is used, since importing it takes seconds:
 # torchvision, scikit-learn, transformers.
@@ -78,12 +76,13 @@ SHIPPED = Path(__file__).resolve().parent / "teachers"  # trained teachers, labe
 HIDDEN_SIZE = 1000  # H, what Z gives to G [code]
 SMALL_IMAGE = 64  # pixels; for larger images G is deeper [code]
 EVAL_BATCH = 200  # test images in a batch
+print_line = tqdm.write  # on the console, above the bars
 DATASETS = ["digits", "cifar10", "cifar100", "tiny_imagenet", "folder"]
 
 
 # ---- Presets and flags ---------------------------------------------------------------------------
-# A preset is a piece of command line that stands before yours, so that your flags override it. What
-# it leaves out has the default of the flag, below: the published CIFAR-10 run [code].
+# A preset is a list of flags. Yours override it. All other flags have their defaults, below: those
+# of the published CIFAR-10 run [code], but for the text encoder [ours].
 PRESETS = dict(
     cifar10="--dataset cifar10",
     cifar100="--dataset cifar100 --generator-steps 40",
@@ -94,7 +93,7 @@ PRESETS = dict(
     ),
     folder="--dataset folder",
     # [ours] Small, for a laptop: few images of 12 pixels; S learns four times from each output of
-    # T; a weak L_adv keeps the images legible. A mirrored digit is no digit.
+    # T; a weak L_adv keeps the images legible. Digits are not mirrored.
     digits=(
         "--dataset digits --teacher wrn10_2 --student wrn10_1 "
         "--warmup-epochs 2 --warmup-batches 4 --epochs 12 --batches 1 "
@@ -103,8 +102,8 @@ PRESETS = dict(
         "--student-steps 96 --student-batch 64 --reuse 4 --weight-decay 5e-4 --nesterov "
         "--crop-padding 1 --no-flip --agree-batches 4"
     ),
-    # [ours] For CIFAR-10 in an hour on two cores: one generator for all epochs, few steps of it;
-    # small student batches, from each four times; half of the views are blended.
+    # [ours] For CIFAR-10 in an hour on two cores: one generator for all epochs, few steps for each
+    # batch; small student batches, each used four times; half of the views are blended.
     cpu=(
         "--dataset cifar10 --student wrn16_1 "
         "--warmup-epochs 9 --warmup-batches 6 --epochs 28 --batches 4 "
@@ -112,41 +111,45 @@ PRESETS = dict(
         "--student-steps 1200 --student-batch 64 --reuse 4 --mix 0.5 "
         "--lr 0.1 --weight-decay 5e-4 --nesterov"
     ),
-    # [ours] For teachers of images above 64 pixels: smaller batches, and a limit to M.
-    large="--student resnet18 --synthesis-batch 24 --student-batch 64 --bank-size 20000",
+    # [ours] For images above 64 pixels: smaller batches, and more of them. M holds the newest
+    # 20,000 images, 3 GB at 224 pixels.
+    large=(
+        "--dataset folder --student resnet18 --warmup-batches 20 --batches 10 "
+        "--synthesis-batch 50 --student-batch 128 --bank-size 20000"
+    ),
 )
 
 
 def number(kind, low, high=math.inf):
     """An argparse type: an int or a float (kind) in [low, high]."""
 
-    def parse(text):
+    def number_in_range(text):
         value = kind(text)
         if not low <= value <= high:  # nan is in no interval
             raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {high}]")
         return value
 
-    parse.__name__ = kind.__name__  # for argparse's own message where text is no number at all
-    return parse
+    return number_in_range
 
 
 def parse_args(argv=None):
     """The command line -> a Namespace. A wrong one ends with one line on stderr and exit code 2.
 
-    argv: a list of flags; None: those that the program was started with."""
+    argv: a list of flags; None: those of the command line."""
     presets = [f"    {name:13} {flags}" for name, flags in PRESETS.items()]
     parser = argparse.ArgumentParser(
         "nayer.py",
         usage=argparse.SUPPRESS,  # so that an error is one line
         description="Data-free knowledge distillation (NAYER). T teacher, S student, G generator, "
         "Z noisy layer, M memory of synthetic images, L_... losses.",
-        epilog="\n".join(["a --preset is a piece of command line before yours:", *presets]),
+        epilog="\n".join(["a --preset is a list of flags; yours override them:", *presets]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
 
     def flag(name, default, text, low=0, high=math.inf, **more):
-        """A flag of its default's type; of a bool, --name and --no-name. low, high: of a number."""
+        """Adds a flag to the current `group`. Its default gives the type; a bool gives --name and
+        --no-name. low, high: the limits of a number."""
         if isinstance(default, bool):
             more["action"] = argparse.BooleanOptionalAction
         elif isinstance(default, int | float):
@@ -155,60 +158,55 @@ def parse_args(argv=None):
             text += " (default: %(default)s)"
         group.add_argument(name, default=default, help=text, **more)
 
-    group = parser.add_argument_group("run")  # `flag` adds to this group, until the next one
+    group = parser.add_argument_group("run")
     flag("--dataset", None, "test images (default: digits, or folder)", choices=DATASETS)
-    flag("--preset", None, "whose settings are the defaults (default: --dataset)", choices=PRESETS)
+    flag("--preset", None, "list of flags, see below (default: by --dataset)", choices=PRESETS)
     flag("--data-root", None, "folder of the test images (default: data)", type=Path)
-    flag("--out", None, "to write to (default: runs/<dataset>-<teacher>-<student>)", type=Path)
-    flag("--seed", 0, "of all random numbers", high=10**18)
+    flag("--out", None, "output folder (default: runs/<dataset>-<teacher>-<student>)", type=Path)
+    flag("--seed", 0, "seed of all random numbers")
     flag("--device", "auto", "auto: cuda if it is there", choices=["auto", "cuda", "cpu"])
-    flag("--resume", False, "go on after the last finished epoch of the run in --out")
+    flag("--resume", False, "continue the run in --out after its last finished epoch")
     flag("--eval", True, "score T, and S after every epoch, on real test images")
-    flag("--agree-batches", 10, "held-out synthetic batches for the column agree")
-    flag("--amp", True, "bf16 autocast, where the device is fast with it")
+    flag("--agree-batches", 10, "batches of held-out synthetic images for the column agree")
+    flag("--amp", True, "bf16 autocast, where it is fast")
     group = parser.add_argument_group("networks and text encoder")
     flag("--teacher", "wrn40_2", "T: name in teachers/, model file, or file.py:function")
     flag("--student", "wrn16_2", "S: name, or file.py:function")
     flag("--text-encoder", "sentence-transformers/all-MiniLM-L6-v2", "Hugging Face name, or folder")
-    flag("--prompt", None, "that is embedded (default: a photo of [the digit] {class})")
+    flag("--prompt", None, "text that is embedded (default: a photo of [the digit] {class})")
     group = parser.add_argument_group("loop")
     flag("--warmup-epochs", 20, "epochs that only fill M")
-    flag("--warmup-batches", 10, "batches synthesised in each of these", low=1)
+    flag("--warmup-batches", 10, "batches made in each warm-up epoch", low=1)
     flag("--epochs", 100, "epochs that follow, with distillation; 0: only score T")
-    flag("--batches", 2, "batches synthesised in each of these", low=1)
+    flag("--batches", 2, "batches made in each epoch after the warm-up", low=1)
     group = parser.add_argument_group("phase 1: images, by Z and G")
     flag("--synthesis-batch", 400, "images in a batch (B)", low=2)
     flag("--generator-steps", 30, "steps of Z and G for a batch", low=1)
-    flag("--generator-lr", 4e-3, "of Adam, which starts afresh with every batch", low=1e-9)
+    flag("--generator-lr", 4e-3, "learning rate of Adam, a new one for each batch", low=1e-9)
     flag("--generator-life", 10, "epochs until a new Z and G replace the old", low=1)
     flag("--generator-width", 64, "channels of the last hidden layer of G", low=1)
     flag("--alpha-ce", 0.5, "weight of L_CE")
     flag("--alpha-bn", 10.0, "weight of L_BN; 0 if T has no BatchNorm")
     flag("--alpha-adv", 1.33, "weight of L_adv, off in the warm-up")
-    flag("--bn-momentum", 0.9, "share of the moving average in L_BN; 0: none", high=1)
+    flag("--bn-momentum", 0.9, "weight of the old average in L_BN; 0: no average", high=1)
     flag("--label-input", "lte", "input of Z", choices=["lte", "onehot", "noise"])
-    flag(
-        "--noisy-layer",
-        "reinit",
-        "matrices drawn for each batch, for each generator, or none",
-        choices=["reinit", "fixed", "off"],
-    )
+    flag("--noisy-layer", "reinit", "Z re-drawn, kept, or off", choices=["reinit", "fixed", "off"])
     group = parser.add_argument_group("phase 2: the student")
     flag("--student-steps", 400, "distillation steps per epoch", low=1)
     flag("--student-batch", 512, "images in a student step", low=2)
     flag("--reuse", 1, "times that S learns from each output of T (R)", low=1)
-    flag("--mix", 0.0, "share of views blended with another", high=1)
-    flag("--lr", 0.2, "of SGD, falls as a cosine over --epochs to 2e-4", low=2e-4)
-    flag("--weight-decay", 1e-4, "of SGD (momentum 0.9)")
-    flag("--nesterov", False, "Nesterov's kind of momentum")
+    flag("--mix", 0.0, "share of views blended with another (mixup)", high=1)
+    flag("--lr", 0.2, "learning rate of SGD, falls to 2e-4 as a cosine", low=2e-4)
+    flag("--weight-decay", 1e-4, "weight decay of SGD (momentum 0.9)")
+    flag("--nesterov", False, "Nesterov momentum")
     flag("--temperature", 20.0, "softens the outputs of T and S in L_KD (tau)", low=1e-9)
-    flag("--bank-size", None, "most images kept, newest first (default: all)", type=number(int, 1))
+    flag("--bank-size", 0, "images that M holds, the newest; 0: all")
     flag("--crop-padding", 4, "pixels of zeros around an image before the random crop")
     flag("--flip", True, "mirror half of the images")
 
-    # A first look finds the preset, whose flags stand before the user's.
+    # Parsed twice: the first time to find the preset, whose flags then stand before the user's.
     argv = sys.argv[1:] if argv is None else argv
-    first, _ = parser.parse_known_args(argv)  # what is unknown is refused below
+    first, _ = parser.parse_known_args(argv)  # the second time refuses unknown flags
     own = ".py:" in first.teacher or first.teacher.endswith(".safetensors")  # a user's network
     usual = "folder" if own else "digits"
     before = PRESETS[first.preset or first.dataset or usual].split()
@@ -217,8 +215,6 @@ def parse_args(argv=None):
         if first.data_root is None:
             before += ["--no-eval"]  # the user may have no images
     args = parser.parse_args(before + argv)
-    if args.data_root is None:
-        args.data_root = Path("data")
     if args.prompt is None:
         subject = "the digit {class}" if args.dataset == "digits" else "{class}"
         args.prompt = f"a photo of {subject}"
@@ -233,10 +229,10 @@ def parse_args(argv=None):
 def label_text_embeddings(class_names, tokenize, encoder, prompt):
     """The class names, embedded by a text encoder: (C, D) float32, in the order of the names.
 
-    tokenize: texts -> a dict of tensors, padded to one length. encoder: a Hugging Face model; one
-    with `get_text_features` gives that (the paper's is the text tower of CLIP ViT-B/32, D = 512,
-    not normalised [code]); any other gives the mean of its last hidden states over the tokens
-    [ours]. Both as of `load_text_encoder`. prompt: a text with "{class}" in it."""
+    tokenize: texts -> a dict of tensors, padded to one length. encoder: a Hugging Face model. If it
+    has `get_text_features`, these are used (the paper: text tower of CLIP ViT-B/32, D = 512, not
+    normalised [code]); if not, the mean of its last hidden states over the tokens [ours]. Both come
+    from `load_text_encoder`. prompt: a text with "{class}" in it."""
     names = [re.sub("[_-]", " ", name) for name in class_names]  # [code]
     tokens = tokenize([prompt.replace("{class}", name) for name in names])
     if hasattr(encoder, "get_text_features"):
@@ -252,21 +248,21 @@ class NoisyLayer(nn.Module):
     """Z: inputs (B, D) -> hidden (B, H). BatchNorm1d, then N random matrices, re-drawn each batch.
 
     Row i goes through matrix i // images_per_matrix. One matrix serves one image of each class
-    ("K-to-1", K = C) [paper]: inside such a set the images differ by their LTE, and two images of
-    one class differ by their matrix. Matrices are trained with G; `reinitialize` draws them.
+    ("K-to-1", K = C) [paper]: the images of one matrix differ by their LTE, the images of one
+    class by their matrix. Matrices are trained with G; `reinitialize` draws them.
     num_matrices: N, at least B / images_per_matrix, rounded up. embedding_size: D."""
 
     def __init__(self, embedding_size, num_matrices, images_per_matrix, hidden_size=HIDDEN_SIZE):
         super().__init__()
         self.images_per_matrix = images_per_matrix
-        self.norm = nn.BatchNorm1d(embedding_size)  # tells apart LTEs that lie close [paper]
-        # Not a list of nn.Linear: N matrices in one tensor are one product and one Adam update.
+        self.norm = nn.BatchNorm1d(embedding_size)  # spreads LTEs that lie close together [paper]
+        # Not a list of nn.Linear: N matrices in one tensor need one product and one Adam update.
         self.weight = nn.Parameter(torch.empty(num_matrices, embedding_size, hidden_size))
         self.bias = nn.Parameter(torch.empty(num_matrices, 1, hidden_size))
         self.reinitialize()
 
     def reinitialize(self):
-        """Draw all matrices from N(0, 1), not divided by the fan-in; bias 0; norm kept [code]."""
+        """Draw all matrices from N(0, 1), not N(0, 1/D); bias 0; the norm is kept [code]."""
         nn.init.normal_(self.weight)
         nn.init.zeros_(self.bias)
 
@@ -287,12 +283,12 @@ class UpsampleConv(nn.Conv2d):
         maps = F.interpolate(maps, scale_factor=2)
         return F.conv2d(maps, self.weight, padding=1)
 
-    [ours] A 3x3 window of doubled pixels holds only 2x2 different ones. So the weights that meet
-    the same pixel are added up first, and a transposed convolution needs 4 products in place of 9.
-    Without it a generator step takes 28 % longer (two Zen 3 cores, float32)."""
+    [ours] A 3x3 window of doubled pixels holds only 2x2 different ones. So the weights that are
+    multiplied with the same pixel are added up first, and a transposed convolution needs 4 products
+    in place of 9. Without it a generator step takes 28 % longer (two Zen 3 cores, float32)."""
 
     def forward(self, maps):
-        # Sums of 2x2 neighbours, 3x3 -> 4x4; then backwards, as a transposed convolution reads it.
+        # Sums of 2x2 neighbours, 3x3 -> 4x4; then flipped, for the transposed convolution.
         kernel = F.avg_pool2d(F.pad(self.weight, (1, 1, 1, 1)), 2, stride=1, divisor_override=1)
         kernel = kernel.flip(2, 3).transpose(0, 1)
         return F.conv_transpose2d(maps, kernel, stride=2, padding=1)
@@ -311,9 +307,9 @@ class Generator(nn.Module):
         if image_size > SMALL_IMAGE:
             widths += [width, width]
         side = math.ceil(image_size / 2 ** (len(widths) - 1))  # 8 for 32 pixels
-        self.image_shape = (channels, image_size, image_size)
-        self.shape = (widths[0], side, side)
-        self.start = nn.Linear(hidden_size, math.prod(self.shape))
+        self.image_size = image_size
+        self.map_shape = (widths[0], side, side)
+        self.start = nn.Linear(hidden_size, math.prod(self.map_shape))
         layers = [nn.BatchNorm2d(widths[0])]
         for before, after in zip(widths, widths[1:]):
             layers += [UpsampleConv(before, after, 3, padding=1, bias=False)]
@@ -322,15 +318,15 @@ class Generator(nn.Module):
         self.layers = nn.Sequential(*layers)
 
     def forward(self, hidden):
-        maps = self.start(hidden).view(-1, *self.shape)  # (B, H) -> (B, 2f, side, side)
+        maps = self.start(hidden).view(-1, *self.map_shape)  # (B, H) -> (B, 2f, side, side)
         maps = maps.contiguous(memory_format=torch.channels_last)
         images = self.layers(maps).float().sigmoid()
-        size = self.image_shape[1]
-        return images[:, :, :size, :size]  # (B, ch, s, s); 68 pixels: 5 -> 80, cut to 68
+        size = self.image_size
+        return images[:, :, :size, :size]  # (B, ch, s, s); for 68 pixels 80 are made, and cut
 
 
 def class_sets(num_classes, batch, device="cpu"):
-    """Labels (B,): sets of all C classes in order; a random subset, without repeats, at the end.
+    """Labels (B,): 0 .. C-1, again and again; the rest is a random subset without repeats.
 
     [ours] So any B and C will do (theirs: a multiple of C); no matrix meets a class twice."""
     sets, rest = divmod(batch, num_classes)
@@ -339,25 +335,25 @@ def class_sets(num_classes, batch, device="cpu"):
 
 
 # ---- Losses --------------------------------------------------------------------------------------
-# A loss of your own for the generator takes four edits: its term in `synthesize`, beside the
-# others; a flag for its weight; its entry in `alphas`, in `main`; its column in COLUMNS.
+# A loss of your own for the generator takes four edits with one name, loss_...: its term in
+# `synthesize`; a flag for its weight; its entry in `alphas`, in `main`; its column in COLUMNS.
 
 
 class BatchStatistics(torch.autograd.Function):
-    """x (B, ch, H, W) -> mean and biased variance of each channel, float32 (ch,) even for bf16 x.
+    """x (B, ch, h, w) -> mean and biased variance of each channel, float32 (ch,) even for bf16 x.
     In the place of `BatchStatistics.apply(x)` these two lines would do the same:
 
         var, mean = torch.var_mean(x.float(), (0, 2, 3), correction=0)
         return mean, var
 
     [ours] The kernel with which BatchNorm itself computes them reads x once, and the gradient is a
-    single multiply-add (n = B H W):
+    single multiply-add (n = B h w):
         dL/dx = (dL/dmean + 2 (x - mean) dL/dvar) / n
     Composed from var_mean, a generator step takes 30 % longer (two Zen 3 cores, float32)."""
 
     @staticmethod
     def forward(ctx, x):
-        scratch = torch.empty(2, x.shape[1], device=x.device)  # the kernel writes, nobody reads
+        scratch = torch.empty(2, x.shape[1], device=x.device)  # written by the kernel, unused
         mean, var = torch.batch_norm_update_stats(x, *scratch, momentum=0.0)
         ctx.save_for_backward(x, mean)
         return mean, var
@@ -399,7 +395,7 @@ class BatchNormLoss:
         for layer in layers:
             layer.register_forward_pre_hook(self.read)
         # All layers' mu and var lie in one vector, so that the loss is a few large operations, not
-        # a few for each layer. `owner` tells to which layer's mu or var each number belongs.
+        # a few for each layer. owner[i] is the number of the layer's mu or var to which i belongs.
         vectors = [values for pair in self.seen.values() for values in pair]
         if layers:
             self.stored = torch.cat(vectors)
@@ -407,7 +403,7 @@ class BatchNormLoss:
             self.owner = torch.cat(owner)
 
     def read(self, layer, inputs):
-        """A hook. inputs: a tuple with what the layer is about to normalise (B, ch, H, W)."""
+        """A hook. inputs: a tuple with what the layer is about to normalise (B, ch, h, w)."""
         if torch.is_grad_enabled() and inputs[0].dim() == 4:  # a SyncBatchNorm may see vectors
             self.seen[layer] = BatchStatistics.apply(inputs[0])
 
@@ -431,11 +427,11 @@ class BatchNormLoss:
 
 
 def adversarial_loss(student_logits, teacher_logits):
-    """L_adv = -mean over the batch of 1[argmax S = argmax T] * KL(T || S): (B, C) twice -> scalar.
+    """L_adv = -mean over the batch of 1[argmax S = argmax T] * KL(T || S): two (B, C) -> scalar.
 
     G lowers it with images for which S predicts T's class but with other probabilities than T:
     those that S can still learn from. Where S predicts another class there is enough to learn
-    already, so the term is 0, and cannot push the image away from its class altogether."""
+    already, so the term is 0, and cannot push the image out of its class."""
     s, t = student_logits.float(), teacher_logits.float()  # (B, C)
     divergence = F.kl_div(s.log_softmax(1), t.log_softmax(1), reduction="none", log_target=True)
     agree = s.argmax(1) == t.argmax(1)  # (B,)
@@ -445,7 +441,7 @@ def adversarial_loss(student_logits, teacher_logits):
 def distillation_loss(student_logits, teacher_logits, temperature):
     """L_KD = tau^2 * KL(softmax(T / tau) || softmax(S / tau)), mean over the batch -> scalar.
 
-    A large tau shows S which wrong classes T finds less wrong; tau^2 keeps the gradient's size."""
+    A large tau shows S how T ranks the wrong classes; tau^2 keeps the gradient's size."""
     s = (student_logits.float() / temperature).log_softmax(1)
     t = (teacher_logits.float() / temperature).log_softmax(1)
     return temperature**2 * F.kl_div(s, t, reduction="batchmean", log_target=True)
@@ -453,7 +449,7 @@ def distillation_loss(student_logits, teacher_logits, temperature):
 
 # ---- Memory bank and augmentation: M -------------------------------------------------------------
 class MemoryBank:
-    """M: the synthetic images, uint8 (capacity, ch, H, W), on the device; theirs: PNG files [code].
+    """M: the synthetic images, uint8 (capacity, ch, h, w), on the device; theirs: PNG files [code].
 
     S learns from all images so far, or it would forget. A ring: the newest replace the oldest.
     len() is the number of images in it, `.added` the number ever added."""
@@ -467,7 +463,7 @@ class MemoryBank:
         return min(self.added, len(self.images))
 
     def add(self, images):
-        """images: uint8 (B, ch, H, W). If there are more than fit, the last ones are kept."""
+        """images: uint8 (B, ch, h, w). If there are more than fit, the last ones are kept."""
         capacity = len(self.images)
         numbers = torch.arange(self.added, self.added + len(images), device=images.device)
         places = numbers[-capacity:] % capacity
@@ -475,15 +471,15 @@ class MemoryBank:
         self.added += len(images)
 
     def sample(self, count):
-        """`count` images, uint8 (count, ch, H, W), drawn uniformly with replacement [ours]."""
+        """`count` images, uint8 (count, ch, h, w), drawn uniformly with replacement [ours]."""
         return self.images[torch.randint(len(self), (count,), device=self.images.device)]
 
 
 class Augment:
     """Random crop after zero padding (of the pixels), random mirroring, normalisation; per image.
 
-    images (B, ch, H, W), float in [0, 1] -> the same shape, normalised. Gradients pass through: G
-    learns images that T knows wherever they are cropped. `normalize` alone is for scoring.
+    images (B, ch, h, w), float in [0, 1] -> the same shape, normalised. Gradients pass through: G
+    learns images that T classifies wherever they are cropped. `normalize` alone is for scoring.
     mean, std: a number per channel, as T was trained. padding: pixels of zeros on each side before
     the crop. flip: whether half of the images are mirrored."""
 
@@ -494,21 +490,21 @@ class Augment:
         self.flip = flip
 
     def normalize(self, images):
-        """Pixels in [0, 1] -> as T was trained to see them."""
+        """Pixels in [0, 1] -> normalised as in T's training."""
         return ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
 
     def __call__(self, images):
-        B, ch, H, W = images.shape
+        B, ch, h, w = images.shape
         p, device = self.padding, images.device
         top, left = torch.randint(2 * p + 1, (2, B, 1), device=device)  # each crop's corner
-        rows = top + torch.arange(H, device=device)  # (B, H)
-        columns = left + torch.arange(W, device=device)  # (B, W)
+        rows = top + torch.arange(h, device=device)  # (B, h)
+        columns = left + torch.arange(w, device=device)  # (B, w)
         if self.flip:
             mirrored = torch.rand(B, 1, device=device) < 0.5
             columns = torch.where(mirrored, columns.flip(1), columns)
-        images = F.pad(images, (p, p, p, p))  # (B, ch, H + 2p, W + 2p)
-        images = images.gather(2, rows[:, None, :, None].expand(B, ch, H, W + 2 * p))
-        images = images.gather(3, columns[:, None, None, :].expand(B, ch, H, W))
+        images = F.pad(images, (p, p, p, p))  # (B, ch, h + 2p, w + 2p)
+        images = images.gather(2, rows[:, None, :, None].expand(B, ch, h, w + 2 * p))
+        images = images.gather(3, columns[:, None, None, :].expand(B, ch, h, w))
         return self.normalize(images)
 
 
@@ -531,20 +527,19 @@ def synthesize(
     """One batch of images for `labels` (B,), from `inputs` (B, D), by `steps` steps of a new Adam.
 
     inputs: e_y of each label, or one-hot vectors, or noise. teacher: frozen, in eval mode. amp: a
-    torch.autocast. alphas: the weights of the terms by name; a term of weight 0 is not computed.
+    torch.autocast. alphas: the weights of the terms by name; L_BN and L_adv are skipped at 0.
     Returns the images of the step with the lowest total loss, before augmentation, uint8
-    (B, ch, H, W), and the terms of every step, a dict of (steps,)."""
-    # S stays in eval mode: the authors' is in train mode from the second batch of an epoch on, so
-    # that the statistics of its BatchNorm are overwritten by half-made images [code].
+    (B, ch, h, w), and the terms of every step, a dict of (steps,)."""
+    # [ours] S stays in eval mode. Theirs is in train mode from the second batch of an epoch on, so
+    # half-made images change the statistics of its BatchNorm.
     student.eval()
     student.requires_grad_(False)
     parameters = [*generator.parameters(), *noisy_layer.parameters()]
     optimizer = torch.optim.Adam(parameters, lr, betas=(0.5, 0.999), fused=True)
-    best_loss = torch.tensor(math.inf, device=labels.device)
-    best_images = torch.zeros(len(labels), *generator.image_shape, device=labels.device)
+    best_loss, best_images = math.inf, 0.0  # the first step's replace them
     history = []
     for _ in tqdm(range(steps), "generator steps", leave=False, disable=None):
-        hidden = noisy_layer(inputs)  # in float32
+        hidden = noisy_layer(inputs)  # outside amp, so in float32
         with amp:
             images = generator(hidden)  # x^ = G(Z(e_y))
             views = augment(images)  # afresh at each step; T and S see the same
@@ -552,7 +547,7 @@ def synthesize(
             losses = {"loss_ce": F.cross_entropy(teacher_logits, labels)}  # T predicts y
             if alphas["loss_bn"]:
                 losses["loss_bn"] = bn_loss()  # T's layers see what they saw in training
-            if alphas["loss_adv"]:  # S predicts y, too, but with other probabilities
+            if alphas["loss_adv"]:  # S predicts the same class with other probabilities
                 losses["loss_adv"] = adversarial_loss(student(views), teacher_logits)
         loss = sum(alphas[name] * value for name, value in losses.items())
         optimizer.zero_grad()
@@ -570,7 +565,7 @@ def synthesize(
 
 # ---- Phase 2. Over S, minimise L_KD on images from M ---------------------------------------------
 def distillation_batches(teacher, memory, augment, amp, batch, pool, reuse, mix):
-    """Endless batches: views (batch, ch, H, W) of images in M, and T's logits on them (batch, C).
+    """Endless batches: views (batch, ch, h, w) of images in M, and T's logits on them (batch, C).
 
     For reuse = 1, each is new. Else [ours] T is queried on `pool` batches of new views in advance,
     and S passes `reuse` times over them, each time in another order; then come new ones. A share
@@ -605,9 +600,8 @@ def distill(
     """One epoch: `steps` student steps on batches from M. Returns the mean of L_KD, a scalar.
 
     Only T's softened outputs are used, never the labels y. batch: images in a step. temperature:
-    tau of L_KD. optimizer: of S; its state lives on. reuse R > 1 [ours]: an epoch has 1/R as many
-    views, and S learns from each R times; R = 4 takes 36 % less time (two Zen 5 cores). mix [ours]:
-    share of views blended with another; 0.5: +3.0 points (1.2 to 4.8) on CIFAR-10."""
+    tau of L_KD. optimizer: of S; its state lives on. reuse (R), mix: see `distillation_batches`.
+    R = 4 takes 35 % less time (two Zen 5 cores), mix 0.5 adds 3.0 points (1.2 to 4.8, CIFAR-10)."""
     student.train()
     student.requires_grad_(True)
     pool = 1 if reuse == 1 else math.ceil(steps / reuse)
@@ -667,7 +661,7 @@ def main(argv=None):
     elif args.label_input == "onehot":
         label_embeddings = torch.eye(C, device=device)
     else:
-        label_embeddings = torch.zeros(C, 256, device=device)  # noise takes their place
+        label_embeddings = torch.zeros(C, 256, device=device)  # `make_batch` replaces them
     D = label_embeddings.shape[1]
 
     # The average of L_BN and the memory live through all epochs; Z and G for --generator-life.
@@ -677,17 +671,17 @@ def main(argv=None):
     bn_loss = BatchNormLoss(layers, args.bn_momentum)
 
     def new_generator():
-        """A new pair Z, G: the images of an old one become alike [code]."""
+        """A new pair G, Z, since the images of an old pair grow alike [code]."""
         K = min(C, B)  # one image of each class goes through the same matrix
         noisy_layer = NoisyLayer(D, math.ceil(B / K), K).to(device)
         hidden_size = HIDDEN_SIZE
         if args.noisy_layer == "off":  # then all images of a class in a batch are the same
             noisy_layer, hidden_size = noisy_layer.norm, D
         generator = Generator(hidden_size, channels, size, args.generator_width)
-        return noisy_layer, generator.to(device, memory_format=torch.channels_last)
+        return generator.to(device, memory_format=torch.channels_last), noisy_layer
 
-    def make_batch(noisy_layer, generator, alpha_adv):
-        """Images uint8 (B, ch, H, W) of all classes, their labels (B,), the losses of each step."""
+    def make_batch(generator, noisy_layer, alpha_adv):
+        """Images uint8 (B, ch, h, w) of all classes, their labels (B,), the losses of each step."""
         if args.noisy_layer == "reinit":
             noisy_layer.reinitialize()  # once per batch, not per step [code]
         labels = class_sets(C, B, device)
@@ -715,18 +709,20 @@ def main(argv=None):
     saved = load_checkpoint(args, info, device)
     rows = saved["rows"] if saved else []  # of log.csv, a dict for each epoch
     if len(rows) == num_epochs:
-        tqdm.write(f"nothing is left to do: {args.out} has all of its {num_epochs} epochs")
+        print_line(f"nothing is left to do: {args.out} has all of its {num_epochs} epochs")
         return rows[-1]
     print_head(args, device, bf16)
 
     # Held-out synthetic images [ours]: S never learns from them, and they need no data.
     torch.manual_seed(epoch_seed(args.seed, -1))
     pair = new_generator()
-    held_out = held_out_images(make_batch, pair, args.agree_batches, teacher, augment, amp)
+    held_out = held_out_images(
+        make_batch, pair, args.agree_batches, all_batches, teacher, augment, amp
+    )
     bn_loss.average = None  # the run itself begins without one
 
-    noisy_layer, generator = new_generator()
-    state = dict(student=student, optimizer=optimizer, noisy_layer=noisy_layer, generator=generator)
+    generator, noisy_layer = new_generator()  # `restore` gives them their weights
+    state = dict(student=student, optimizer=optimizer, generator=generator, noisy_layer=noisy_layer)
     if saved:
         restore(saved, args, state, bn_loss, memory)
         start -= rows[-1]["seconds"]  # spent before
@@ -736,18 +732,20 @@ def main(argv=None):
         row["epoch"] = epoch
         warm_up = epoch < args.warmup_epochs  # fills M; no L_adv, since S is not trained yet
         if epoch % args.generator_life == 0:
-            noisy_layer, generator = new_generator()  # L_BN's average lives on [code]
-            state |= dict(noisy_layer=noisy_layer, generator=generator)
+            generator, noisy_layer = new_generator()  # L_BN's average lives on [code]
+            state |= dict(generator=generator, noisy_layer=noisy_layer)
 
         # Phase 1: new images for M.
         alpha_adv = 0.0 if warm_up else args.alpha_adv
         num_batches = args.warmup_batches if warm_up else args.batches
-        batches = [make_batch(noisy_layer, generator, alpha_adv) for _ in range(num_batches)]
-        images, labels, losses = zip(*batches)
-        made = dict(images=torch.cat(images), labels=torch.cat(labels))
-        for name in losses[0]:
-            made[name] = torch.stack([batch[name] for batch in losses])  # (batches, steps)
-            row[name] = made[name][:, -1].mean().item()
+        batches = [make_batch(generator, noisy_layer, alpha_adv) for _ in range(num_batches)]
+        images, labels, histories = zip(*batches)
+        made = {}
+        for name in histories[0]:
+            made[name] = torch.stack([history[name] for history in histories])  # (batches, steps)
+            row[name] = made[name][:, -1].mean().item()  # of the last steps
+            check(math.isfinite(row[name]), f"{name} is {row[name]}: lower --lr or --generator-lr")
+        made |= dict(images=torch.cat(images), labels=torch.cat(labels))
         memory.add(made["images"])
         row["images"] = len(memory)
 
@@ -787,9 +785,7 @@ def main(argv=None):
 
 # ---- Networks ------------------------------------------------------------------------------------
 def conv(inputs, outputs, size, stride=1):
-    """A convolution that keeps the size of the maps, or halves it with stride 2; no bias.
-
-    inputs, outputs: channels. size: of the kernel, an odd number."""
+    """A convolution without bias, between so many channels. size: of the kernel, an odd number."""
     return nn.Conv2d(inputs, outputs, size, stride, padding=size // 2, bias=False)
 
 
@@ -816,7 +812,7 @@ class WideBlock(nn.Module):
 
 
 class WideResNet(nn.Module):
-    """wrn{depth}_{width} of Zagoruyko and Komodakis (2016): (B, ch, H, W) -> logits (B, C)."""
+    """wrn{depth}_{width} of Zagoruyko and Komodakis (2016): (B, ch, h, w) -> logits (B, C)."""
 
     def __init__(self, depth, width, num_classes, channels=3):
         super().__init__()
@@ -856,8 +852,8 @@ def build_model(name, num_classes, channels=3, image_size=32):
     if small and re.fullmatch(r"vgg\d\d", name):
         name += "_bn"  # torchvision's name for a VGG with BatchNorm
     known = name in models.list_models(module=models) and channels == 3
-    text = f"no {name} for {channels} channels: use wrn16_1, ... or, for 3, a torchvision name; "
-    check(known, text + OWN_NETWORK)
+    text = f"no network {name} for {channels} channels: use wrn16_1, or for 3 a name of torchvision"
+    check(known, text)
     model = models.get_model(name, weights=None, num_classes=num_classes)
     if not small:
         return model
@@ -879,7 +875,6 @@ def build_model(name, num_classes, channels=3, image_size=32):
 
 
 # ---- Model files, and networks of your own -------------------------------------------------------
-OWN_NETWORK = "for a network of yours write a function that returns it: file.py:function"
 INFO_KEYS = ["class_names", "channels", "image_size", "mean", "std"]  # what is kept of T's .info
 
 
@@ -905,7 +900,7 @@ def load_model(path, model=None):
     model: a network to put the weights into, for one that `build_model` does not know. Raises
     UserError if the file is missing, cut, or not one of ours. Runs no code from it."""
     state, metadata = read_safetensors(path)
-    with user_error(f"{path} is not a model file of nayer.py; {OWN_NETWORK}"):
+    with user_error(f"{path} is no model file of nayer.py: write a function, file.py:function"):
         info = {key: json.loads(text) for key, text in metadata.items()}
         if model is None:
             C = len(info["class_names"])
@@ -919,9 +914,9 @@ def network_from_file(place, **known):
     """(the nn.Module that `file.py:function` returns, its description): on the CPU, in float32, in
     eval mode. The description is its `.info`, a dict, or {}.
 
-    known: what the function is given of this if it has an argument of that name. Runs that file;
-    an error in it keeps its traceback. A seed in the file, or what it imports from beside itself,
-    has no effect on what follows."""
+    known: passed to the function where its arguments have these names. Runs that file; an error in
+    it keeps its traceback. A seed in the file, or a module that it imports from its folder, has no
+    effect on what follows."""
     path, _, function = place.rpartition(":")
     check(Path(path).is_file(), f"there is no file {path}, of {place}")
     folder = Path(path).resolve().parent
@@ -941,7 +936,7 @@ def network_from_file(place, **known):
     info = getattr(model, "info", {})
     if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
         model = model.module
-        info = getattr(model, "info", info)
+        info = info or getattr(model, "info", {})
     if not isinstance(info, dict):  # a layer or a method of that name
         info = {}
     model.cpu().float().eval()
@@ -977,7 +972,8 @@ def load_teacher(args):
         if path.suffix != ".safetensors":
             path = SHIPPED / f"{args.dataset}_{name}.safetensors"
             command = f"python teachers/train.py --dataset {args.dataset} --model {name}"
-            check(path.exists(), f"there is no {path}; train it: {command}; {OWN_NETWORK}")
+            text = f"there is no {path}: give --teacher a file, or train it: {command} (see --help)"
+            check(path.exists(), text)
         teacher = load_model(path).to(memory_format=torch.channels_last)
         info = teacher.info
     for key in ("class_names", "image_size", "mean", "std"):
@@ -985,41 +981,42 @@ def load_teacher(args):
     info["class_names"] = [normalize_name(class_name) for class_name in info["class_names"]]
     mean = info["mean"] = [float(value) for value in info["mean"]]
     std = info["std"] = [float(value) for value in info["std"]]
-    inside = all(0 <= m <= 1 and 0 < s <= 1 for m, s in zip(mean, std, strict=True))
-    check(inside, f"mean {mean} and std {std} of {name}: pixels are in [0, 1], divide by 255")
+    inside = all(0 <= m <= 1 and 0 < s <= 1 for m, s in zip(mean, std))
+    text = f"mean {mean} and std {std} of {name}: pixels are in [0, 1], divide by 255"
+    check(inside and len(mean) == len(std), text)
     info["channels"] = len(mean)
     teacher.requires_grad_(False)
     return teacher, info
 
 
 def load_student(name, num_classes, channels, image_size):
-    """S with random weights: a name that `build_model` knows, or file.py:function, which is given
-    num_classes, channels and image_size if it has arguments of these names."""
+    """S with random weights: a name that `build_model` accepts, or file.py:function, to which
+    num_classes, channels and image_size are passed where its arguments have these names."""
     known = dict(num_classes=num_classes, channels=channels, image_size=image_size)
     if ".py:" in name:
-        student, _ = network_from_file(name, **known)
-        return student
+        return network_from_file(name, **known)[0]  # S needs no description
     return build_model(name, **known).to(memory_format=torch.channels_last)
 
 
 def check_networks(teacher, student, info, args):
-    """UserError for what would make a run worthless without a word: found here, before the first
-    step. What PyTorch complains of, it may."""
+    """Raises UserError for what would silently make a run worthless."""
     C = len(info["class_names"])
     shape = (4, info["channels"], info["image_size"], info["image_size"])
+    brightness = torch.tensor([0.1, 1, 10, 100]).view(4, 1, 1, 1)  # so that logits leave [0, 1]
     learner = copy.deepcopy(student)  # train mode moves the statistics of its BatchNorm
     learner.train()
     for name, model in ((args.teacher, teacher), (args.student, learner)):
-        images = torch.rand(shape, device=next(model.parameters()).device, requires_grad=True)
-        logits = model(images)
+        images = (brightness * torch.rand(shape)).to(next(model.parameters()).device)
+        logits = model(images.requires_grad_())
         found = getattr(logits, "shape", type(logits))
         text = f"{name} returns {found} for 4 images, not logits (4, {C} classes)"
         check(found == (4, C), text)
         check(logits.isfinite().all(), f"the logits of {name} are not finite: is it trained?")
-        # Logarithms of probabilities will do. (A ReLU at the end gives zeros.)
-        probabilities = logits.min() > 0 and logits.max() <= 1
+        # Logarithms of probabilities will do. The logits of an untrained S may lie in [0, 1], too.
+        in_unit = logits.min() >= 0 and logits.max() <= 1
+        sum_to_one = (logits.sum(1) - 1).abs().max() < 0.01
         text = f"{name} returns probabilities: leave out the softmax or sigmoid at its end"
-        check(not probabilities, text)
+        check(not (in_unit and (sum_to_one or model is teacher)), text)
         if model is teacher:
             same = (logits - logits[0]).abs().max() < 1e-6
             check(not same, f"{name} returns the same logits for all images: is it trained?")
@@ -1031,7 +1028,7 @@ def check_networks(teacher, student, info, args):
     norms = batch_norms(teacher)
     check(norms or not args.alpha_bn, f"{args.teacher} has no BatchNorm2d: add --alpha-bn 0")
     if norms and not any(layer.running_mean.any() for layer in norms):
-        tqdm.write("warning: T's BatchNorm statistics are those of a new network: is it trained?")
+        print_line("warning: T's BatchNorm statistics are those of a new network: is it trained?")
     text = f"images of {info['image_size']} pixels need smaller batches: add --preset large"
     check(info["image_size"] <= SMALL_IMAGE or args.preset, text)
 
@@ -1050,7 +1047,7 @@ def load_text_encoder(name):
     from transformers import AutoModel, AutoTokenizer, logging
 
     logging.disable_progress_bar()  # stderr stays empty in a run that ends well
-    offline = True  # unless the hub answers at once: else it is asked again and again for a minute
+    offline = True  # unless the hub answers at once; else transformers tries again for a minute
     with contextlib.suppress(Exception):
         get_session().head(constants.ENDPOINT, timeout=5)
         offline = False
@@ -1080,11 +1077,11 @@ def embeddings_of(class_names, args):
     with user_error(f"no usable text encoder {args.text_encoder} here or on the hub; {remedy}"):
         tokenize, encoder = load_text_encoder(args.text_encoder)
         embeddings = label_text_embeddings(class_names, tokenize, encoder, args.prompt)
-    # Are two the same but for rounding? G would be told the same of both classes. Two classes of
+    # Are two the same but for rounding? Then G gets the same input for both classes. Two classes of
     # one name, such as ImageNet's cranes, are accepted.
     distances = torch.cdist(embeddings, embeddings, compute_mode="donot_use_mm_for_euclid_dist")
     close = distances < 1e-3 * embeddings.norm(dim=1).mean()
-    for i, j in close.triu(diagonal=1).nonzero().tolist():
+    for i, j in close.triu(1).nonzero().tolist():
         one, other = class_names[i], class_names[j]
         text = f"the text encoder embeds {one!r} and {other!r} alike: see --prompt and class_names"
         check(one == other, text)
@@ -1096,7 +1093,7 @@ def image_folder(folder, class_names, channels, size):
     """torchvision's ImageFolder (a folder per class) of uint8 images (channels, size, size): they
     are converted to gray or colour, resized, cropped in the middle, and read when asked for.
 
-    The labels are the places of the folders' names in class_names."""
+    A label is the place of the folder's name in class_names."""
     from torchvision import datasets
     from torchvision.transforms import v2
 
@@ -1127,11 +1124,12 @@ def test_digits(size):
 
 def test_batches(args, info):
     """Batches (images uint8 (n, channels, size, size), labels (n,)) to score on, a list in a fixed
-    order, in the memory of the CPU.
+    order, in CPU memory.
 
-    But for digits and CIFAR, the images lie in test/ of --data-root, a folder per class."""
-    dataset, root, size = args.dataset, args.data_root, info["image_size"]
-    with user_error(f"no test images of {dataset} in {root}; --no-eval distils without them"):
+    Except for digits and CIFAR, they are in test/ of --data-root, a folder per class."""
+    dataset, size = args.dataset, info["image_size"]
+    root = args.data_root or Path("data")
+    with user_error(f"no test images of {dataset} in {root}; nayer.py --no-eval needs none"):
         if dataset == "digits":
             data = test_digits(size)
         elif dataset in ("cifar10", "cifar100"):
@@ -1149,7 +1147,7 @@ def test_batches(args, info):
 # ---- Scores and what is printed ------------------------------------------------------------------
 @torch.no_grad()
 def predict(model, images, augment, amp):
-    """The class (n,) that `model` predicts for each of `images`, uint8 (n, ch, H, W), on any
+    """The class (n,) that `model` predicts for each of `images`, uint8 (n, ch, h, w), on any
     device. Leaves it in eval mode."""
     model.eval()
     views = augment.normalize(images.to(augment.mean.device).float() / 255)
@@ -1160,54 +1158,53 @@ def predict(model, images, augment, amp):
 def accuracy(model, batches, augment, amp):
     """Fraction in [0, 1] of images that `model` predicts right; None if there are none.
 
-    batches: pairs of images, uint8 (n, ch, H, W), and labels (n,)."""
+    batches: pairs of images, uint8 (n, ch, h, w), and labels (n,)."""
     right = []
     for images, labels in batches:
-        predicted = predict(model, images, augment, amp)
-        right.append(predicted == labels.to(predicted.device))
+        right.append(predict(model, images, augment, amp).cpu() == labels.cpu())
     if not right:
         return None
-    right = torch.cat(right)
-    return right.sum().item() / len(right)
+    return torch.cat(right).double().mean().item()
 
 
-def held_out_images(make_batch, pair, num_batches, teacher, augment, amp):
+def held_out_images(make_batch, pair, num_batches, all_batches, teacher, augment, amp):
     """Batches (images, labels) of synthetic images from which S never learns, for the column
-    `agree` [ours]: how often S predicts T's class on held-out synthetic images.
+    `agree` [ours]: how often S predicts T's class on held-out synthetic images. Prints how long
+    the run's `all_batches` will take at this speed.
 
-    pair: Z and G of their own, which make the batches without L_adv. Kept are the later half, since
-    for the earlier ones L_BN had a shorter average, and of these the images whose label T predicts;
-    none if T predicts one class for all, since then `agree` would mean nothing."""
+    pair: G and Z of their own, for batches without L_adv. Of the later half, for which L_BN has a
+    longer average, the images whose label T predicts are kept; none if that is a single class."""
     made = []
+    start = time.perf_counter()
     for _ in tqdm(range(num_batches), "held-out images", leave=False, disable=None):
         made.append(make_batch(*pair, alpha_adv=0.0))
+    minutes = (time.perf_counter() - start) / max(num_batches, 1) * all_batches / 60
+    if minutes > 1:
+        print_line(f"time     about {minutes:.0f} min for all images, and more for the student")
     kept = []
-    classes = set()
     for images, labels, _ in made[num_batches // 2 :]:
         right = predict(teacher, images, augment, amp) == labels
-        if right.any():
+        if len(labels[right].unique()) > 1:
             kept.append((images[right], labels[right]))
-            classes |= set(labels[right].tolist())
-    return kept if len(classes) > 1 else []
+    return kept
 
 
-# Columns of log.csv and the console, and their formats. agree: how often S predicts T's class on
-# held-out synthetic images.
+# Columns of log.csv and the console, and their formats.
+# agree: how often S predicts T's class on held-out synthetic images.
 COLUMNS = dict(epoch="d", images="d", loss_ce=".4f", loss_bn=".4f", loss_adv=".4f", loss_kd=".4f")
 COLUMNS |= dict(agree=".1%", accuracy=".2%", seconds=".1f")
 
 
 def print_teacher(name, info, layers, score):
     """What is known of T, so that a wrong description is seen."""
-    names, size = info["class_names"], info["image_size"]
-    line = f"teacher  {name}, {len(layers)} BatchNorm layers"
+    names = info["class_names"]
+    shape = f"{info['channels']} x {info['image_size']} x {info['image_size']}"
+    line = f"teacher  {name}, {len(layers)} BatchNorm layers in L_BN"
     if score is not None:
         line += f", predicts {score:.2%} of the test images right"
-    tqdm.write(line)
-    tqdm.write(f"classes  {len(names)}, {names[0]} to {names[-1]}")
-    tqdm.write(
-        f"images   {info['channels']} x {size} x {size}, mean {info['mean']}, std {info['std']}"
-    )
+    print_line(line)
+    print_line(f"classes  {len(names)}, {names[0]} to {names[-1]}")
+    print_line(f"images   {shape}, mean {info['mean']}, std {info['std']}")
 
 
 def print_head(args, device, bf16):
@@ -1215,8 +1212,8 @@ def print_head(args, device, bf16):
     precision = "float32, by --no-amp"
     if args.amp:
         precision = "bf16" if bf16 else "float32, since bf16 is not fast here"
-    tqdm.write(f"run      on {device} in {precision}, into {args.out}")
-    tqdm.write("".join(f" {name.removeprefix('loss_'):>8}" for name in COLUMNS))
+    print_line(f"run      on {device} in {precision}, into {args.out}")
+    print_line("".join(f" {name.removeprefix('loss_'):>8}" for name in COLUMNS))
 
 
 def print_row(row):
@@ -1225,7 +1222,7 @@ def print_row(row):
     for name, form in COLUMNS.items():
         cell = "-" if row[name] is None else format(row[name], form)
         line += f" {cell:>8}"
-    tqdm.write(line)
+    print_line(line)
 
 
 # ---- The files of a run --------------------------------------------------------------------------
@@ -1237,7 +1234,7 @@ MAY_CHANGE = ["out", "resume", "preset", "data_root", "device", "eval"]  # in a 
 
 def epoch_seed(seed, epoch):
     """A seed from the two, hashed, so that no two epochs share random numbers. epoch: its number;
-    -1 for the held-out images. (The 0 keeps the published students.)"""
+    -1 for the held-out images. (The 0 is part of the seeds of all results in results/.)"""
     return random.Random(repr((seed, epoch, 0))).getrandbits(63)
 
 
@@ -1264,11 +1261,12 @@ def settings_of(args, info):
 def save(args, info, state, bn_loss, rows, made):
     """Write the table, a picture, the student, what the epoch has made, and last the checkpoint.
 
-    state: what has a state_dict, by name. made: images (n, ch, H, W) and labels (n,) of the epoch,
+    state: what has a state_dict, by name. made: images (n, ch, h, w) and labels (n,) of the epoch,
     and its losses, each (batches, steps)."""
     from torchvision.utils import save_image
 
     out, row = args.out, rows[-1]
+    settings = settings_of(args, info)
     epoch = f"epoch_{row['epoch']:03d}"
     with atomic_write(out / "log.csv") as temporary, open(temporary, "w", newline="") as file:
         table = csv.DictWriter(file, COLUMNS, lineterminator="\n")
@@ -1284,13 +1282,13 @@ def save(args, info, state, bn_loss, rows, made):
         architecture=args.student,
         accuracy=row["accuracy"],
         trained_on=f"images made from {args.teacher}",
-        settings=settings_of(args, info),
+        settings=settings,
     )
     save_model(out / "student.safetensors", state["student"], about)
     content = {name: tensor.cpu() for name, tensor in made.items()}
     save_tensors(out / f"memory/{epoch}.pt", content)
     content = {name: part.state_dict() for name, part in state.items()}
-    content |= dict(settings=settings_of(args, info), average=bn_loss.average, rows=rows)
+    content |= dict(settings=settings, average=bn_loss.average, rows=rows)
     save_tensors(out / "checkpoint.pt", content)
 
 
@@ -1312,11 +1310,11 @@ def load_checkpoint(args, info, device):
     path = args.out / "checkpoint.pt"
     if not path.exists():
         if args.resume:
-            tqdm.write(f"nothing to resume: there is no finished epoch in {args.out}")
+            print_line(f"nothing to resume: there is no finished epoch in {args.out}")
         with user_error(f"cannot make {args.out}: choose another --out"):
             args.out.mkdir(parents=True, exist_ok=True)
         return None
-    check(args.resume, f"{path} is of a run: go on with --resume, or choose another --out")
+    check(args.resume, f"{path} is of an earlier run: add --resume, or choose another --out")
     saved = load_tensors(path, device)
     new = settings_of(args, info)
     old = saved.get("settings", {})
@@ -1328,10 +1326,9 @@ def load_checkpoint(args, info, device):
 def restore(saved, args, state, bn_loss, memory):
     """Put what `load_checkpoint` gave into these objects, and the images of all epochs into M. The
     run goes on as if it had not been stopped, on a CPU to the bit."""
-    with user_error(f"{args.out / 'checkpoint.pt'} is not of this nayer.py"):
-        for name, part in state.items():
-            part.load_state_dict(saved[name])
-        bn_loss.average = saved["average"]
+    for name, part in state.items():
+        part.load_state_dict(saved[name])
+    bn_loss.average = saved["average"]
     for row in saved["rows"]:  # all epochs, so that the ring stands as it did
         path = args.out / f"memory/epoch_{row['epoch']:03d}.pt"
         memory.add(load_tensors(path, memory.images.device)["images"])
@@ -1343,8 +1340,7 @@ class UserError(Exception):
 
 
 def check(condition, message):
-    """UserError(message) unless the condition holds. message: one line that says what is wrong and
-    what to do."""
+    """UserError(message) unless the condition holds. message: what is wrong and what to do."""
     if not condition:
         raise UserError(message)
 
@@ -1362,7 +1358,8 @@ def user_error(message):
 
 
 def pick_device(name):
-    """(device, whether bf16 is fast on it). auto: cuda if it is there, else cpu."""
+    """(device, whether bf16 is fast on it). auto: cuda if it is there, else cpu. Sets PyTorch's
+    precision of float32 products, and cuDNN's choice of kernels."""
     torch.set_float32_matmul_precision("high")  # TF32, where bf16 is not used
     torch.backends.cudnn.benchmark = True  # the fastest kernels that a trial finds
     if name == "auto":
@@ -1380,21 +1377,18 @@ def run_script(main):
     """Run main() as a program: one clear line and an exit code in the place of a traceback.
 
     0: done. 1: what the user can put right, or what the machine lacks. 2: a wrong command line, see
-    `parse_args`. 130: stopped by Ctrl-C. A fault of this program, or of a file of the user's, keeps
-    its traceback."""
+    `parse_args`. 130: stopped by Ctrl-C. A bug here or in the user's file keeps its traceback."""
     warnings.simplefilter("ignore")  # of libraries
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
         sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         return main()
     except KeyboardInterrupt:
-        print("\nstopped: go on with the same command and --resume", file=sys.stderr)
+        print("\nstopped: continue with the same command and --resume", file=sys.stderr)
         sys.exit(130)
     except UserError as error:
         line = str(error)
-    except RuntimeError as error:
-        if not re.search("out of memory|allocate memory|tried to allocate", str(error)):
-            raise
+    except torch.OutOfMemoryError:  # of a GPU
         line = "out of memory: lower --synthesis-batch, --student-batch, --bank-size or --reuse"
     sys.exit(f"{Path(sys.argv[0]).name}: error: {line}")
 
