@@ -1,28 +1,28 @@
 """What each part of NAYER is worth: python results/ablations.py ACTION [--only VARIANT ...]
 
-digits   every variant below on digits, 20 seeds, with a cut budget (results/ablations_20_seeds.csv)
-cifar10  what Z reads, on JPEG CIFAR-10, five seeds (results/ablations_cifar10.csv)
-mixing   --mix on JPEG CIFAR-10, ten seeds (results/ablations_mixing.csv)
-scores   which number that needs no data ranks the students of the first two as their accuracy does:
-         adds the candidates to the files of those whose runs are there, draws their convergence
-         (results/convergence_ACTION.png) and results/scores.png
-report   the tables in Markdown: differences to the default, paired by seed
+    digits   every variant below on digits, 20 seeds, with a cut budget (ablations_20_seeds.csv)
+    cifar10  what Z takes as input, on JPEG CIFAR-10, five seeds (ablations_cifar10.csv)
+    mixing   --mix on JPEG CIFAR-10, ten seeds (ablations_mixing.csv)
+    scores   which number that needs no data ranks the students of the first two as their accuracy
+             does: adds the candidates to the files of those whose runs are there, and draws their
+             convergence (convergence_ACTION.png)
+    draw     scores.png and ablations_digits.png from the files
+    report   the tables in Markdown from the files: differences to the default, paired by seed
 
-Each run is nayer.py's own `main`, in runs/ablations/<action>/<variant>/<seed>/, without images for
-`agree`, which would take as long as the run. Two run at a time, a core each. A run that is there
-already is not repeated, one that was cut short goes on.
+Each run is nayer.py's own `main`, in runs/ablations/<action>/<variant>/<seed>/, without held-out
+images for `agree`, which would take as long as the run. Two run at a time, a core each. A run that
+is there already is not repeated, one that was stopped goes on.
 """
 
-import argparse
 import contextlib
-import csv
-import functools
+import itertools
 import multiprocessing
 import os
 import statistics
-import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import cache, partial
 from math import isnan, nan
+from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 from unittest.mock import patch
@@ -30,14 +30,14 @@ from unittest.mock import patch
 import figures
 import torch
 import torch.nn as nn
+import train
 from matplotlib.figure import Figure
 from scipy import stats
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "teachers")]
-import train  # noqa: E402
+import nayer
 
-import nayer  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
+RUNS = ROOT / "runs/ablations"
 
 # ---- The variants --------------------------------------------------------------------------------
 CUT = (
@@ -95,51 +95,46 @@ PLAN = dict(
     cifar10=Action(CIFAR10, SMALL, seeds=5),
     mixing=Action(MIXING, SMALL, seeds=10),
 )
-FILES = dict(
-    digits="ablations_20_seeds.csv",
-    cifar10="ablations_cifar10.csv",
-    mixing="ablations_mixing.csv",
+FILES = dict(  # of the rows
+    digits=ROOT / "results/ablations_20_seeds.csv",
+    cifar10=ROOT / "results/ablations_cifar10.csv",
+    mixing=ROOT / "results/ablations_mixing.csv",
 )
 SCORED = ("digits", "cifar10")
 MEASURED = ("accuracy", "ce_5", "ce_10", "ce_20", "diversity", "seconds")  # figures.NUMBERS
 
 
 # ---- Patches: variants that no flag of nayer.py makes --------------------------------------------
-def changed_embeddings(change, seed):
-    """label_text_embeddings with its rows changed; the change is drawn from the seed."""
-    original = nayer.label_text_embeddings
+# Each takes the seed and the file of CLIP's vectors, and returns the context of its runs.
+def embeddings(change, seed, clip):
+    """nayer.embeddings_of with its rows (C, D) changed."""
+    embeddings_of = nayer.embeddings_of
 
-    def changed(class_names, encoder, prompt):
-        rows = original(class_names, encoder, prompt)
-        return change(rows, torch.Generator().manual_seed(seed))
+    def changed(class_names, args):
+        return change(embeddings_of(class_names, args), seed, clip)
 
-    return patch.object(nayer, "label_text_embeddings", changed)
+    return patch.object(nayer, "embeddings_of", changed)
 
 
-def shuffled(rows, generator):
-    """The same vectors, each the name of another class: the geometry without the meaning."""
-    in_order = torch.arange(len(rows))
-    while True:
+def shuffled(rows, seed, clip):
+    """The same vectors, each that of another class: the geometry without the meaning."""
+    generator = torch.Generator().manual_seed(seed)
+    order = in_order = torch.arange(len(rows))
+    while (order == in_order).any():
         order = torch.randperm(len(rows), generator=generator)
-        if (order != in_order).all():
-            return rows[order]
+    return rows[order]
 
 
-def random(rows, generator):
+def random(rows, seed, clip):
     """Gaussian vectors with the mean and the covariance of the rows: not even their geometry."""
+    generator = torch.Generator().manual_seed(seed)
     mix = torch.randn(len(rows), len(rows), generator=generator) / (len(rows) - 1) ** 0.5
     return rows.mean(0) + mix @ (rows - rows.mean(0))
 
 
-def clip_embeddings(path):
-    """label_text_embeddings that gives the rows in a file."""
-    tensors, _ = nayer.read_safetensors(path)
-    rows = next(iter(tensors.values())).float()
-
-    def embeddings(class_names, encoder, prompt):
-        return rows
-
-    return patch.object(nayer, "label_text_embeddings", embeddings)
+def of_clip(rows, seed, clip):
+    tensors, _ = nayer.read_safetensors(clip)
+    return next(iter(tensors.values())).float()
 
 
 class Half(nn.Module):
@@ -160,96 +155,86 @@ class Half(nn.Module):
         return x * self.weight + self.bias
 
 
-def with_norm(make):
+def noisy_layer(make, seed, clip):
     """A NoisyLayer whose norm is make(embedding_size)."""
 
     class Layer(nayer.NoisyLayer):
-        def __init__(self, embedding_size, num_matrices, images_per_matrix, hidden_size=1000):
-            super().__init__(embedding_size, num_matrices, images_per_matrix, hidden_size)
+        def __init__(self, embedding_size, num_matrices, images_per_matrix):
+            super().__init__(embedding_size, num_matrices, images_per_matrix)
             self.norm = make(embedding_size)
 
     return patch.object(nayer, "NoisyLayer", Layer)
 
 
-def one_image_per_matrix():
-    """A NoisyLayer with a matrix for each image in the place of one for each set of classes."""
+def one_image_per_matrix(seed, clip):
+    """A matrix for each image in the place of one for each set of classes."""
 
     class Layer(nayer.NoisyLayer):
-        def __init__(self, embedding_size, num_matrices, images_per_matrix, hidden_size=1000):
-            super().__init__(embedding_size, num_matrices * images_per_matrix, 1, hidden_size)
+        def __init__(self, embedding_size, num_matrices, images_per_matrix):
+            super().__init__(embedding_size, num_matrices * images_per_matrix, 1)
 
     return patch.object(nayer, "NoisyLayer", Layer)
 
 
-def instead(make):
-    """A synthesize that makes images by make(generator, noisy_layer, inputs), without a loss."""
+def synthesize(make, seed, clip):
+    """A synthesize whose images (B, ch, H, W), in [0, 1], are made by make(generator, hidden, seed,
+    number of the batch), without a loss."""
+    numbers = itertools.count()
 
     @torch.no_grad()
-    def synthesize(generator, noisy_layer, inputs, *others, steps, **settings):
-        images = make(generator, noisy_layer, inputs)
-        return (images * 255).round().byte(), torch.zeros(steps, 4)
+    def changed(generator, noisy_layer, inputs, *others, steps, alphas, **settings):
+        images = make(generator, noisy_layer(inputs), seed, next(numbers))
+        losses = {name: torch.zeros(steps) for name in alphas}
+        return (images * 255).round().byte(), losses
 
-    return patch.object(nayer, "synthesize", synthesize)
+    return patch.object(nayer, "synthesize", changed)
 
 
-def gaussian(generator, noisy_layer, inputs):
+def gaussian(generator, hidden, seed, number):
     """Pixels with the mean and the deviation of the training digits, cut to [0, 1]."""
-    known = nayer.parse_args(nayer.IMAGES["digits"].split())
-    size = known.image_size
-    pixels = torch.randn(len(inputs), 1, size, size) * known.std[0] + known.mean[0]
+    mean, std = train.IMAGES["digits"]["mean"][0], train.IMAGES["digits"]["std"][0]
+    pixels = torch.randn(len(hidden), *generator.image_shape) * std + mean
     return pixels.clamp(0, 1)
 
 
-def untrained(generator, noisy_layer, inputs):
-    return generator(noisy_layer(inputs))
+def untrained(generator, hidden, seed, number):
+    return generator(hidden)
 
 
-def real(seed):
+def real(generator, hidden, seed, number):
     """The training digits, none of them twice."""
-    pairs, _ = train.training_images(train.parse_args([]))
-    images, _ = train.stack(pairs)
+    images, _ = train.stack(train.training_digits(generator.image_shape[-1]))
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-    batches = iter((images[order].float() / 255).split(100))
-
-    def make(generator, noisy_layer, inputs):
-        return next(batches)
-
-    return make
+    return images[order].split(len(hidden))[number].float() / 255
 
 
-def patched(name, seed, clip):
-    """The context in which a variant runs."""
-    if name == "clip":
-        return clip_embeddings(clip)
-    if name == "shuffled":
-        return changed_embeddings(shuffled, seed)
-    if name == "random":
-        return changed_embeddings(random, seed)
-    if name == "no_norm":
-        return with_norm(nn.Identity)
-    if name == "centred":
-        return with_norm(functools.partial(Half, centre=True))
-    if name == "scaled":
-        return with_norm(functools.partial(Half, centre=False))
-    if name == "one_image_per_matrix":
-        return one_image_per_matrix()
-    if name == "gaussian":
-        return instead(gaussian)
-    if name == "untrained":
-        return instead(untrained)
-    if name == "real":
-        return instead(real(seed))
-    nayer.check(name == "", f"there is no patch {name}")
-    return contextlib.nullcontext()
+PATCHES = dict(
+    shuffled=partial(embeddings, shuffled),
+    random=partial(embeddings, random),
+    clip=partial(embeddings, of_clip),
+    no_norm=partial(noisy_layer, nn.Identity),
+    centred=partial(noisy_layer, partial(Half, centre=True)),
+    scaled=partial(noisy_layer, partial(Half, centre=False)),
+    one_image_per_matrix=one_image_per_matrix,
+    gaussian=partial(synthesize, gaussian),
+    untrained=partial(synthesize, untrained),
+    real=partial(synthesize, real),
+)
 
 
-# ---- What is measured of a run -------------------------------------------------------------------
-@functools.cache
+# ---- The runs ------------------------------------------------------------------------------------
+def bring(action):
+    """(teacher, its description, augment) of the runs of an action."""
+    teacher, info = nayer.load_teacher(nayer.parse_args(PLAN[action].budget.split()))
+    return teacher, info, nayer.Augment(info["mean"], info["std"], padding=0, flip=False)
+
+
+@cache
 def test_images(data):
     """All of CIFAR-10's, decoded once for all runs, which have none themselves."""
-    teacher, augment = bring("cifar10")
-    names = teacher.info["class_names"]
-    return nayer.test_batches("folder", data, names, 3, 32, torch.device("cpu")), augment
+    _, info, augment = bring("cifar10")
+    args = nayer.parse_args(["--dataset", "folder", "--data-root", str(data)])
+    return nayer.test_batches(args, info), augment
 
 
 def measure(run, data):
@@ -258,165 +243,120 @@ def measure(run, data):
     if isnan(found["accuracy"]):
         batches, augment = test_images(data)
         student = nayer.load_model(run / "student.safetensors")
-        found["accuracy"] = 100 * nayer.accuracy(student, batches, augment)
+        amp = torch.autocast("cpu", enabled=False)
+        found["accuracy"] = 100 * nayer.accuracy(student, batches, augment, amp)
     return {key: found[key] for key in MEASURED if not isnan(found[key])}
-
-
-# ---- The runs ------------------------------------------------------------------------------------
-def place(action, variant, seed):
-    return ROOT / "runs/ablations" / action / variant / str(seed)
 
 
 def work(action, variant, seed, data, clip):
     """One run, unless it is there, and what is measured of it."""
     torch.set_num_threads(1)
-    variants, budget, _ = PLAN[action]
-    flags, _, change = variants[variant].partition("+")
-    out = place(action, variant, seed)
-    if not (out / "summary.json").exists():
-        out.mkdir(parents=True, exist_ok=True)
-        command = f"{budget} {flags} --seed {seed} --agree-batches 0 --resume".split()
-        command += ["--data-root", str(data), "--out", str(out)]
-        with open(out / "console.txt", "a") as console, contextlib.redirect_stdout(console):
-            with patched(change, seed, clip):
-                nayer.main(command)
-    return measure(out, data)
+    plan = PLAN[action]
+    flags, _, change = plan.variants[variant].partition("+")
+    run = RUNS / action / variant / str(seed)
+    run.mkdir(parents=True, exist_ok=True)
+    command = f"{plan.budget} {flags} --seed {seed} --agree-batches 0 --resume".split()
+    command += ["--data-root", str(data), "--out", str(run)]
+    changed = PATCHES[change](seed, clip) if change else contextlib.nullcontext()
+    with open(run / "console.txt", "a") as console, contextlib.redirect_stdout(console), changed:
+        nayer.main(command)
+    return dict(variant=variant, seed=seed) | measure(run, data)
 
 
 def run_all(action, args):
     """All runs of an action that are not in its file yet. Each writes its row as it ends."""
-    variants, _, seeds = PLAN[action]
+    plan = PLAN[action]
     names = args.only
     if names is None:
-        names = [name for name in variants if args.clip or variants[name] != "+clip"]
-    found = read(FILES[action])
+        names = [name for name in plan.variants if args.clip or plan.variants[name] != "+clip"]
+    rows = read(action)
+    there = {(row["variant"], row["seed"]) for row in rows}
     with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
-        started = {}
-        for seed in range(seeds):  # all variants of a seed first
+        jobs = []
+        for seed in range(plan.seeds):  # all variants of a seed first
             for variant in names:
-                if (variant, str(seed)) not in found:
-                    job = pool.submit(work, action, variant, seed, args.data_root, args.clip)
-                    started[job] = (variant, str(seed))
-        for job in as_completed(started):
-            variant, seed = started[job]
-            found[variant, seed] = job.result()
-            write(FILES[action], found)
-            print(variant, seed, job.result(), flush=True)
+                if (variant, seed) not in there:
+                    job = (work, action, variant, seed, args.data_root, args.clip)
+                    jobs.append(pool.submit(*job))
+        for job in as_completed(jobs):
+            rows.append(job.result())
+            rows.sort(key=itemgetter("variant", "seed"))
+            figures.write(FILES[action], rows)
+            print(*job.result().values(), flush=True)
 
 
-def read(name):
-    """{(variant, seed): values} of a file in results/."""
-    path = ROOT / "results" / name
-    if not path.exists():
-        return {}
-    found = {}
-    for row in figures.read(path):
-        variant = row.pop("variant")
-        seed = row.pop("seed")
-        found[variant, seed] = row
-    return found
-
-
-def write(name, found):
-    columns = ["variant", "seed"]
-    for row in found.values():
-        columns += [key for key in row if key not in columns]
-    path = ROOT / "results" / name
-    with nayer.replaced(path) as temporary, open(temporary, "w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        for variant, seed in sorted(found):
-            cells = dict(variant=variant, seed=seed)
-            for key, value in found[variant, seed].items():
-                if value != "":
-                    cells[key] = f"{float(value):.5g}"
-            writer.writerow(cells)
+def read(action):
+    """The rows of an action, dicts; none if nothing was measured yet."""
+    rows = figures.read(FILES[action]) if FILES[action].exists() else []
+    return [row | dict(seed=int(row["seed"])) for row in rows]
 
 
 def complete(action):
     """{variant: its rows, seed after seed} of the variants whose seeds are all measured."""
-    found = read(FILES[action])
-    variants, _, seeds = PLAN[action]
     there = {}
-    for variant in variants:
-        rows = [found.get((variant, str(seed))) for seed in range(seeds)]
-        if all(rows):
-            there[variant] = rows
+    for variant in PLAN[action].variants:
+        rows = [row for row in read(action) if row["variant"] == variant]
+        if len(rows) == PLAN[action].seeds:
+            there[variant] = sorted(rows, key=itemgetter("seed"))
     return there
 
 
 # ---- Scores without data -------------------------------------------------------------------------
-def bring(action):
-    """(teacher, augment) of the runs of an action."""
-    teacher = nayer.load_teacher(nayer.parse_args(PLAN[action].budget.split()))
-    augment = nayer.Augment(teacher.info["mean"], teacher.info["std"], 0, False)
-    return teacher, augment
+SCORES = {  # another run: the same variant with the next seed
+    "agree_kept": "agreement on the last batch of another run's warm-up",
+    "agree_new": "agreement on another run's last epoch, made with L_adv",
+    "agree_fresh": "agreement on held-out images, as in `agree`",
+    "kd_kept": "L_KD on the last batch of another run's warm-up",
+    "kd_new": "L_KD on another run's last epoch",
+    "kd_fresh": "L_KD on held-out images",
+}
 
 
-def fresh_images(action):
-    """What a run with the default settings makes for its column `agree`: images of a generator that
-    no student here has met."""
-    path = ROOT / "runs/ablations" / f"{action}_fresh"
-    if not (path / "summary.json").exists():
-        command = f"{PLAN[action].budget} --seed 1000 --warmup-epochs 0 --epochs 1 --batches 1"
-        command += f" --student-steps 1 --no-eval --resume --out {path}"
+def held_out_images(action):
+    """What a run with the default settings makes for its column `agree`."""
+    found = []
+    make = nayer.held_out_images
+
+    def kept(*parts):
+        found.extend(make(*parts))
+        return found
+
+    out = RUNS / f"{action}_fresh"
+    command = f"{PLAN[action].budget} --seed 1000 --warmup-epochs 0 --epochs 1 --batches 1"
+    command += f" --student-steps 1 --no-eval --resume --out {out}"
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "checkpoint.pt").unlink(missing_ok=True)  # of an earlier call
+    with patch.object(nayer, "held_out_images", kept):
         nayer.main(command.split())
-    images, _ = nayer.load_tensors(path / "agree.pt", "cpu")[0]
-    return images
+    return torch.cat([images for images, _ in found])
 
 
 @torch.no_grad()
-def ask(teacher, augment, images):
-    """(what the networks see of the images, the teacher's logits)"""
-    views = augment.normalize(images.float() / 255)
-    return views, teacher(views)
-
-
-@torch.no_grad()
-def judge(student, views, answers):
-    """(how often the student names the class that the teacher names, in %; L_KD)"""
-    logits = student(views)
-    same = (logits.argmax(1) == answers.argmax(1)).float().mean().item()
-    return 100 * same, nayer.distillation_loss(logits, answers, 20.0).item()
+def judge(student, teacher, views):
+    """(how often S predicts T's class, in %; L_KD)"""
+    of_t, of_s = teacher(views), student(views)
+    same = of_t.argmax(1) == of_s.argmax(1)
+    return 100 * same.float().mean().item(), nayer.distillation_loss(of_s, of_t, 20.0).item()
 
 
 def score(action):
     """Add the candidates to the file of an action."""
-    _, budget, seeds = PLAN[action]
-    about = nayer.parse_args(budget.split())
-    last_warmup = about.warmup_epochs - 1
-    last = about.warmup_epochs + about.epochs - 1
-    teacher, augment = bring(action)
-    fresh = ask(teacher, augment, fresh_images(action))
-    found = read(FILES[action])
-    for (variant, seed), row in found.items():
-        # Images of the same variant's next seed: made as the run's own, and none that its student
-        # has learnt from.
-        other = place(action, variant, (int(seed) + 1) % seeds)
-        kept, _ = figures.made(other, last_warmup)
-        kept = kept[-about.synthesis_batch :]
-        new, _ = figures.made(other, last)
-        asked = dict(
-            new=ask(teacher, augment, new),
-            kept=ask(teacher, augment, kept),
-            fresh=fresh,
-        )
-        student = nayer.load_model(place(action, variant, seed) / "student.safetensors")
-        for key, (views, answers) in asked.items():
-            agree, loss_kd = judge(student, views, answers)
-            row[f"agree_{key}"] = agree
-            row[f"kd_{key}"] = loss_kd
-    write(FILES[action], found)
-
-
-SCORES = {
-    "agree_kept": "agreement on the warm-up's last batch, kept back",
-    "agree_new": "agreement on new images of the last epoch, made with L_adv",
-    "agree_fresh": "agreement on images by the default settings, without L_adv (column agree)",
-    "kd_kept": "L_KD on the warm-up's last batch, kept back",
-    "kd_new": "L_KD on new images of the last epoch",
-    "kd_fresh": "L_KD on images by the default settings, without L_adv",
-}
+    plan = PLAN[action]
+    args = nayer.parse_args(plan.budget.split())
+    teacher, _, augment = bring(action)
+    fresh = held_out_images(action)
+    rows = read(action)
+    for row in rows:
+        # Images made as the run's own, and none that its student has learned from.
+        variant = RUNS / action / row["variant"]
+        other = variant / str((row["seed"] + 1) % plan.seeds)
+        kept = figures.made(other, args.warmup_epochs - 1)["images"][-args.synthesis_batch :]
+        new = figures.made(other, args.warmup_epochs + args.epochs - 1)["images"]
+        student = nayer.load_model(variant / str(row["seed"]) / "student.safetensors")
+        for key, images in dict(new=new, kept=kept, fresh=fresh).items():
+            views = augment.normalize(images.float() / 255)
+            row[f"agree_{key}"], row[f"kd_{key}"] = judge(student, teacher, views)
+    figures.write(FILES[action], rows)
 
 
 def ranks(rows, key):
@@ -425,23 +365,20 @@ def ranks(rows, key):
     if len(set(accuracies)) == 1:
         return nan  # no ranks to compare
     correlation = stats.spearmanr(figures.column(rows, key), accuracies).statistic
-    if key.startswith("kd"):
-        return -correlation
-    return correlation
+    return -correlation if key.startswith("kd") else correlation
 
 
 def draw_scores():
     figure = Figure(figsize=(12, 8), layout="constrained")
     for line, action in zip(figure.subplots(2, 3), SCORED):
-        found = read(FILES[action])
+        students = read(action)
         for axes, key in zip(line, SCORES):  # the first three
             for number, (variant, rows) in enumerate(complete(action).items()):
                 marker = "." if number < 10 else "x"
                 accuracies = figures.column(rows, "accuracy")
                 axes.plot(figures.column(rows, key), accuracies, marker, label=variant)
-            rho = ranks(found.values(), key)
-            axes.set_title(f"{action}: Spearman {rho:.2f}")
-            axes.set_xlabel(SCORES[key].replace(" on ", ", %, on\n").replace(" (column agree)", ""))
+            axes.set_title(f"{action}: Spearman {ranks(students, key):.2f}")
+            axes.set_xlabel(SCORES[key].replace(" on ", ", %, on\n"))
             axes.grid(alpha=0.3)
         line[0].set_ylabel("true accuracy, %")
         line[2].legend(fontsize=6)
@@ -452,12 +389,13 @@ def draw_convergence(action):
     """The paper's measure: L_CE against the step of a batch, mean over seeds."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    there = complete(action)
-    for variant in CIFAR10:  # what Z reads
-        if variant not in there:
+    for variant in CIFAR10:  # what Z takes as input
+        if variant not in complete(action):
             continue
-        runs = [place(action, variant, seed) for seed in range(len(there[variant]))]
-        curves = [figures.curve(figures.generator_rows(run)) for run in runs]
+        curves = []
+        for seed in range(PLAN[action].seeds):
+            losses = figures.losses_of(RUNS / action / variant / str(seed))
+            curves.append(figures.curve(losses))
         mean = [statistics.fmean(values) for values in zip(*curves)]
         axes.plot(range(1, len(mean) + 1), mean, ".-", label=variant)
     axes.set(xlabel="generator step within a batch", ylabel="L_CE", yscale="log", title=action)
@@ -466,63 +404,85 @@ def draw_convergence(action):
     figure.savefig(ROOT / f"results/convergence_{action}.png", dpi=90)
 
 
-def scores(args):
+def scores():
     for action in SCORED:
-        if (ROOT / "runs/ablations" / action).exists():
+        if (RUNS / action).exists():
             score(action)
             draw_convergence(action)
+
+
+def draw():
     draw_scores()
+    draw_differences("digits")
 
 
 # ---- Tables --------------------------------------------------------------------------------------
-def report_scores(action, variants):
-    found = read(FILES[action])
-    students = list(found.values())
-    usual = [row for (variant, _), row in found.items() if variant not in FLOOR_AND_CEILING]
-    heads = ("all runs", "without floor and ceiling", "within a variant", "off by, points")
-    print()
-    figures.print_row("score without data", *heads)
-    print("|---" * 5 + "|")
-    for key, words in SCORES.items():
-        inside = torch.tensor([ranks(rows, key) for rows in variants.values()])
-        inside = inside.nanmean()  # nan: all seeds of a variant are equally accurate
-        off = ""
-        if key.startswith("agree"):
-            pairs = zip(figures.column(usual, key), figures.column(usual, "accuracy"))
-            off = f"{statistics.fmean(abs(agree - accuracy) for agree, accuracy in pairs):.1f}"
-        correlations = (ranks(students, key), ranks(usual, key), inside)
-        figures.print_row(words, *(f"{value:.2f}" for value in correlations), off)
+def cells_of_score(action, key):
+    """(rank correlation of a score with the accuracy over all students, mean of that within a
+    variant; of an agreement, how many points it is off in the mean, without floor and ceiling)"""
+    students = read(action)
+    within = torch.tensor([ranks(rows, key) for rows in complete(action).values()])
+    cells = [f"{ranks(students, key):.2f}", f"{within.nanmean():.2f}", ""]
+    if key.startswith("agree"):
+        rows = [row for row in students if row["variant"] not in FLOOR_AND_CEILING]
+        pairs = zip(figures.column(rows, key), figures.column(rows, "accuracy"))
+        cells[2] = f"{statistics.fmean(abs(agree - accuracy) for agree, accuracy in pairs):.1f}"
+    return cells
 
 
-def report(args):
-    for action in PLAN:
+def draw_differences(action):
+    """Each variant's difference to the default in points, with its interval, sorted; without floor
+    and ceiling, which lie far off."""
+    variants = complete(action)
+    reference = figures.column(variants.pop("default"), "accuracy")
+    found = []
+    for name in variants.keys() - set(FLOOR_AND_CEILING):
+        values = figures.column(variants[name], "accuracy")
+        low, high, _ = figures.difference(values, reference, "")
+        found.append(((low + high) / 2, (high - low) / 2, name))
+    means, halves, names = zip(*sorted(found))
+    figure = Figure(figsize=(8, 4.2), layout="constrained")
+    axes = figure.subplots()
+    axes.errorbar(means, names, xerr=halves, fmt="o", capsize=3)
+    axes.axvline(0, color="gray")
+    axes.set_xlabel("accuracy less the default's, points, with its 95 % confidence interval")
+    axes.grid(alpha=0.3)
+    figure.savefig(ROOT / f"results/ablations_{action}.png", dpi=80)
+
+
+def report():
+    for action, plan in PLAN.items():
         variants = complete(action)
         nayer.check("default" in variants, f"first run: python results/ablations.py {action}")
-        title = f"{action}, {PLAN[action].seeds} seeds"
-        figures.print_accuracies(title, variants, "the default")
+        figures.print_accuracies(f"{action}, {plan.seeds} seeds", variants, "the default")
         if action in SCORED:  # mixing leaves the generator as it is
             figures.print_convergence(variants, "the default")
-            if "agree_fresh" in variants["default"][0]:
-                report_scores(action, variants)
+    print()
+    heads = ["digits: all", "within", "off by", "CIFAR-10: all", "within", "off by"]
+    figures.print_row("score", *heads)
+    print("|---" * (len(heads) + 1) + "|")
+    for key, words in SCORES.items():
+        cells = [cell for action in SCORED for cell in cells_of_score(action, key)]
+        figures.print_row(words, *cells)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("action", choices=[*PLAN, "scores", "report"])
-    parser.add_argument("--only", nargs="+", help="variants (default: all)")
+    parser = figures.parser_of("ablations.py", __doc__)
+    parser.add_argument("action", choices=[*PLAN, "scores", "draw", "report"])
+    parser.add_argument("--only", nargs="+", metavar="VARIANT", help="(default: all)")
     parser.add_argument("--data-root", type=Path, default=Path("data/cifar10_jpeg"))
     parser.add_argument("--clip", type=Path, help="file of CLIP's embeddings; else it is left out")
     args = parser.parse_args()
     args.data_root = args.data_root.resolve()
-    if args.clip:
-        args.clip = args.clip.resolve()
+    args.clip = args.clip and args.clip.resolve()
     os.chdir(ROOT)
-    if args.action == "scores":
-        scores(args)
-    elif args.action == "report":
-        report(args)
-    else:
+    if args.action in PLAN:
+        unknown = set(args.only or []) - set(PLAN[args.action].variants)
+        if unknown:
+            parser.error(f"{args.action} has no variant {sorted(unknown)}")
         run_all(args.action, args)
+    else:
+        dict(scores=scores, draw=draw, report=report)[args.action]()
 
 
 if __name__ == "__main__":
