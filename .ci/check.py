@@ -291,7 +291,7 @@ def answers():
     accuracies = {}
     last = []
     for row in rows_of("exercises.csv"):
-        accuracies.setdefault(row["exercise"][0], []).append(float(row["accuracy"]))
+        accuracies.setdefault(row["exercise"], []).append(float(row["accuracy"]))
         last.append(row["best_is_last"])
     means = [f"{mean_and_std(values, 1)} %" for values in accuracies.values()]
     text = f"| digits, default | {last[0]}, {last[1]} and {last[2]} of 20"
