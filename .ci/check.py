@@ -298,6 +298,31 @@ def answers():
     yield from missing("results/answers.md", text, *means)
 
 
+def small_runs():
+    """Tables of a few seeds each: a wrong .info, the loop of exercise 6, the generators of 8."""
+    for rows in by(rows_of("wrong_info.csv"), "function"):
+        bn = mean_and_std([float(row["bn_first_epoch"]) for row in rows], 1)
+        agree = mean_and_std([100 * float(row["agree"]) for row in rows], 1)
+        accuracy = mean_and_std([100 * float(row["accuracy"]) for row in rows], 1)
+        yield from missing("README.md", f"| {bn} | {agree} % | {accuracy} % |")
+    rows = rows_of("exercises_loop.csv")
+    for key in ("labels_batch_1", "labels_batch_2", "accuracy"):
+        mean = mean_and_std([100 * float(row[key]) for row in rows], 0)
+        yield from missing("results/answers.md", f"{mean} %")
+    for rows in by(rows_of("exercises_generators.csv"), "generator"):
+        bn = mean_and_std([float(row["loss_bn"]) for row in rows], 1)
+        accuracy = mean_and_std([100 * float(row["accuracy"]) for row in rows], 1)
+        yield from missing("results/answers.md", f"| {bn} | {accuracy} |")
+
+
+def by(rows, key):
+    """The rows in groups of the same value, a list for each."""
+    groups = {}
+    for row in rows:
+        groups.setdefault(row[key], []).append(row)
+    return groups.values()
+
+
 def agree():
     """How far `agree` is from the accuracy in single students of the ablations."""
     ranges = []
@@ -370,7 +395,7 @@ def counted_times():
 
 
 CHECKS = [shape_of_nayer, functions, files, dependencies, checksums, class_names, paper_map]
-CHECKS += [digits, cifar10, tables, answers, agree, speed, counted_times]
+CHECKS += [digits, cifar10, tables, answers, small_runs, agree, speed, counted_times]
 
 if __name__ == "__main__":
     found = []
