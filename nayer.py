@@ -715,9 +715,8 @@ def main(argv=None):
 
     # Held-out synthetic images [ours]: S never learns from them, and they need no data.
     torch.manual_seed(epoch_seed(args.seed, -1))
-    pair = new_generator()
     held_out = held_out_images(
-        make_batch, pair, args.agree_batches, all_batches, teacher, augment, amp
+        make_batch, new_generator(), args.agree_batches, all_batches, teacher, augment, amp
     )
     bn_loss.average = None  # the run itself begins without one
 
@@ -852,8 +851,7 @@ def build_model(name, num_classes, channels=3, image_size=32):
     if small and re.fullmatch(r"vgg\d\d", name):
         name += "_bn"  # torchvision's name for a VGG with BatchNorm
     known = name in models.list_models(module=models) and channels == 3
-    text = f"no network {name} for {channels} channels: use wrn16_1, or for 3 a name of torchvision"
-    check(known, text)
+    check(known, f"no {name} for {channels} channels: use wrn16_1, or for 3 a torchvision name")
     model = models.get_model(name, weights=None, num_classes=num_classes)
     if not small:
         return model
@@ -915,8 +913,8 @@ def network_from_file(place, **known):
     eval mode. The description is its `.info`, a dict, or {}.
 
     known: passed to the function where its arguments have these names. Runs that file; an error in
-    it keeps its traceback. A seed in the file, or a module that it imports from its folder, has no
-    effect on what follows."""
+    it keeps its traceback. A seed at its top, or a module of its folder that it imports there, has
+    no effect on what follows."""
     path, _, function = place.rpartition(":")
     check(Path(path).is_file(), f"there is no file {path}, of {place}")
     folder = Path(path).resolve().parent
@@ -972,7 +970,7 @@ def load_teacher(args):
         if path.suffix != ".safetensors":
             path = SHIPPED / f"{args.dataset}_{name}.safetensors"
             command = f"python teachers/train.py --dataset {args.dataset} --model {name}"
-            text = f"there is no {path}: give --teacher a file, or train it: {command} (see --help)"
+            text = f"no {path}: give a .safetensors, a file.py:function, or train it: {command}"
             check(path.exists(), text)
         teacher = load_model(path).to(memory_format=torch.channels_last)
         info = teacher.info
@@ -982,7 +980,9 @@ def load_teacher(args):
     mean = info["mean"] = [float(value) for value in info["mean"]]
     std = info["std"] = [float(value) for value in info["std"]]
     inside = all(0 <= m <= 1 and 0 < s <= 1 for m, s in zip(mean, std))
-    text = f"mean {mean} and std {std} of {name}: pixels are in [0, 1], divide by 255"
+    text = (
+        f"mean {mean}, std {std} of {name}: one per channel, of pixels in [0, 1], so divide by 255"
+    )
     check(inside and len(mean) == len(std), text)
     info["channels"] = len(mean)
     teacher.requires_grad_(False)
@@ -1018,13 +1018,14 @@ def check_networks(teacher, student, info, args):
         text = f"{name} returns probabilities: leave out the softmax or sigmoid at its end"
         check(not (in_unit and (sum_to_one or model is teacher)), text)
         if model is teacher:
+            asleep = not any(layer.training for layer in teacher.modules())
+            check(asleep, f"{name}.eval() does not reach all layers: see its train()")
             same = (logits - logits[0]).abs().max() < 1e-6
             check(not same, f"{name} returns the same logits for all images: is it trained?")
         if logits.requires_grad:
             logits.square().sum().backward()
-        passes = images.grad is not None and images.grad.any()
         text = f"no gradient passes {name}: does it round, or use no_grad, detach or int8?"
-        check(passes, text)
+        check(images.grad is not None and images.grad.any(), text)
     norms = batch_norms(teacher)
     check(norms or not args.alpha_bn, f"{args.teacher} has no BatchNorm2d: add --alpha-bn 0")
     if norms and not any(layer.running_mean.any() for layer in norms):
