@@ -1291,6 +1291,10 @@ class Silent(Net):
     def train(self, mode=True):
         super().train(mode)
 
+class Deaf(Net):
+    def train(self, mode=True):
+        pass
+
 class Around(nn.Module):
     def __init__(self, network):
         super().__init__()
@@ -1330,6 +1334,7 @@ def nan():
 
 def view(): return net(View)
 def silent(): return net(Silent)
+def deaf(): return net(Deaf)
 def inside(): return nn.DataParallel(net())
 def wrapper(): return described(nn.DataParallel(bare()))
 def logits(): return net(after=hugging_face)
@@ -1487,6 +1492,7 @@ FOUND_LATER = """
 --teacher MY:no_gradient                | no gradient passes
 --teacher MY:rounds                     | no gradient passes
 --teacher MY:nan                        | not finite
+--teacher MY:deaf                       | does not reach all layers
 --teacher MY:same_logits                | the same logits for all images
 --teacher MY:five_names                 | not logits (4, 5 classes)
 --teacher MY:two                        | has no class_names
