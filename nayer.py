@@ -123,13 +123,13 @@ PRESETS = dict(
 def number(kind, low, high=math.inf):
     """An argparse type: an int or a float (kind) in [low, high]."""
 
-    def number_in_range(text):
+    def numeric(text):
         value = kind(text)
         if not low <= value <= high:  # nan is in no interval
             raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {high}]")
         return value
 
-    return number_in_range
+    return numeric
 
 
 def parse_args(argv=None):
@@ -141,7 +141,8 @@ def parse_args(argv=None):
         "nayer.py",
         usage=argparse.SUPPRESS,  # so that an error is one line
         description="Data-free knowledge distillation (NAYER). T teacher, S student, G generator, "
-        "Z noisy layer, M memory of synthetic images, L_... losses.",
+        "Z noisy layer, M memory of synthetic images, L_... losses. The column agree: how often S "
+        "predicts T's class on held-out synthetic images.",
         epilog="\n".join(["a --preset is a list of flags; yours override them:", *presets]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

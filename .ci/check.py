@@ -298,6 +298,13 @@ def answers():
     yield from missing("results/answers.md", text, *means)
 
 
+def lines_to_copy():
+    lines = read("nayer.py").splitlines()
+    first = next(i for i, line in enumerate(lines, 1) if line.startswith("# ---- Label-text"))
+    end = next(i for i, line in enumerate(lines, 1) if line.startswith("# ---- The algorithm"))
+    yield from missing("README.md", f"take the lines {first} to {end - 1} of `nayer.py`")
+
+
 def small_runs():
     """Tables of a few seeds each: a wrong .info, the loop of exercise 6, the generators of 8."""
     for rows in by(rows_of("wrong_info.csv"), "function"):
@@ -395,6 +402,7 @@ def counted_times():
 
 
 CHECKS = [shape_of_nayer, functions, files, dependencies, checksums, class_names, paper_map]
+CHECKS += [lines_to_copy]
 CHECKS += [digits, cifar10, tables, answers, small_runs, agree, speed, counted_times]
 
 if __name__ == "__main__":
