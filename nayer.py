@@ -914,16 +914,15 @@ def network_from_file(place, **known):
     eval mode. The description is its `.info`, a dict, or {}.
 
     known: passed to the function where its arguments have these names. Runs that file; an error in
-    it keeps its traceback. A seed at its top, or a module of its folder that it imports there, has
-    no effect on what follows."""
+    it keeps its traceback. A module of its folder that it imports at its top has no effect on what
+    follows."""
     path, _, function = place.rpartition(":")
     check(Path(path).is_file(), f"there is no file {path}, of {place}")
     folder = Path(path).resolve().parent
     sys.path.insert(0, str(folder))  # for what lies beside it
     loaded = set(sys.modules)
     with mock.patch.object(sys, "argv", [path]):  # it must not read the flags of this program
-        with torch.random.fork_rng(devices=[]):
-            names = runpy.run_path(path)
+        names = runpy.run_path(path)
         check(function in names, f"{path} has no function {function}")
         wanted = inspect.signature(names[function]).parameters
         model = names[function](**{key: known[key] for key in known if key in wanted})
@@ -995,7 +994,8 @@ def load_student(name, num_classes, channels, image_size):
     num_classes, channels and image_size are passed where its arguments have these names."""
     known = dict(num_classes=num_classes, channels=channels, image_size=image_size)
     if ".py:" in name:
-        return network_from_file(name, **known)[0]  # S needs no description
+        with mock.patch.object(torch, "manual_seed"):  # --seed alone decides the first weights
+            return network_from_file(name, **known)[0]
     return build_model(name, **known).to(memory_format=torch.channels_last)
 
 

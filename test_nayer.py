@@ -1427,7 +1427,7 @@ def test_a_student_from_a_file_is_given_what_it_needs_and_loaded_into_its_networ
     assert loaded(torch.rand(1, 3, 16, 16)).shape == (1, 37)
 
 
-@pytest.mark.parametrize("student", ["wrn10_1", "MY:random"])
+@pytest.mark.parametrize("student", ["wrn10_1", "MY:random", "MY:net"])
 def test_no_seed_in_a_file_decides_the_first_weights(student, own):
     roles = dict(teacher=f"{own}:net", student=student.replace("MY", str(own)))
     assert differ(first_weights("--seed 1", **roles), first_weights("--seed 2", **roles))
