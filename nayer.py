@@ -980,9 +980,7 @@ def load_teacher(args):
     mean = info["mean"] = [float(value) for value in info["mean"]]
     std = info["std"] = [float(value) for value in info["std"]]
     inside = all(0 <= m <= 1 and 0 < s <= 1 for m, s in zip(mean, std))
-    text = (
-        f"mean {mean}, std {std} of {name}: one per channel, of pixels in [0, 1], so divide by 255"
-    )
+    text = f"mean {mean}, std {std} of {name}: one per channel, of pixels in [0, 1]: divide by 255"
     check(inside and len(mean) == len(std), text)
     info["channels"] = len(mean)
     teacher.requires_grad_(False)

@@ -402,8 +402,7 @@ def counted_times():
 
 
 CHECKS = [shape_of_nayer, functions, files, dependencies, checksums, class_names, paper_map]
-CHECKS += [lines_to_copy]
-CHECKS += [digits, cifar10, tables, answers, small_runs, agree, speed, counted_times]
+CHECKS += [lines_to_copy, digits, cifar10, tables, answers, small_runs, agree, speed, counted_times]
 
 if __name__ == "__main__":
     found = []
