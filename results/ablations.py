@@ -1,17 +1,20 @@
 """What each part of NAYER is worth: python results/ablations.py ACTION [--only VARIANT ...]
 
-    digits   every variant below on digits, 20 seeds, with a cut budget (ablations_20_seeds.csv)
-    cifar10  what Z takes as input, on JPEG CIFAR-10, five seeds (ablations_cifar10.csv)
-    mixing   --mix on JPEG CIFAR-10, ten seeds (ablations_mixing.csv)
-    scores   which number that needs no data ranks the students of the first two as their accuracy
-             does: adds the candidates to the files of those whose runs are there, and draws their
-             convergence (convergence_ACTION.png)
-    draw     scores.png and ablations_digits.png from the files
-    report   the tables in Markdown from the files: differences to the default, paired by seed
+    digits         every variant below on digits, 20 seeds, with a cut budget
+    cifar10        what Z takes as input, on JPEG CIFAR-10, five seeds
+    mixing         --mix on JPEG CIFAR-10, ten seeds
+    tiny_imagenet  what Z takes as input, on Tiny-ImageNet with its 200 classes, five seeds
+    scores         which number that needs no data ranks the students of the first two as their
+                   accuracy does: adds the candidates to the files of those whose runs are there
+    draw           the pictures: convergence_ACTION.png of the actions whose runs are there;
+                   scores.png and ablations_digits.png from the files
+    report         the tables in Markdown from the files: differences to the default, paired by seed
+
+The rows of an action are in results/ablations_ACTION.csv, those of digits in ablations_20_seeds.csv.
 
 Each run is nayer.py's own `main`, in runs/ablations/<action>/<variant>/<seed>/, without held-out
-images for `agree`, which would take as long as the run. Two run at a time, a core each. A run that
-is there already is not repeated, one that was stopped goes on.
+images for `agree`, which would take as long as the run. A run that is there already is not
+repeated, one that was stopped goes on.
 """
 
 import contextlib
@@ -82,6 +85,14 @@ CIFAR10 = {
     "LTE, random of the same covariance": "+random",
 }
 MIXING = {"default": "", "mix 0.5": "--mix 0.5"}
+TINY = (  # a student in three minutes on a core
+    "--dataset tiny_imagenet --teacher results/tiny_imagenet/squeezenet.py:load "
+    "--student results/tiny_imagenet/squeezenet.py:half "
+    "--warmup-epochs 1 --warmup-batches 1 --epochs 2 --batches 1 --synthesis-batch 200 "
+    "--generator-steps 30 --generator-life 100 --generator-width 32 --alpha-ce 1 --alpha-bn 1 "
+    "--student-steps 300 --student-batch 64 --reuse 4 --lr 0.1 --nesterov --weight-decay 5e-4 "
+    "--no-eval"
+)
 
 
 class Action(NamedTuple):
@@ -94,14 +105,18 @@ PLAN = dict(
     digits=Action(DIGITS, CUT, seeds=20),
     cifar10=Action(CIFAR10, SMALL, seeds=5),
     mixing=Action(MIXING, SMALL, seeds=10),
+    tiny_imagenet=Action(CIFAR10, TINY, seeds=5),
 )
 FILES = dict(  # of the rows
     digits=ROOT / "results/ablations_20_seeds.csv",
     cifar10=ROOT / "results/ablations_cifar10.csv",
     mixing=ROOT / "results/ablations_mixing.csv",
+    tiny_imagenet=ROOT / "results/ablations_tiny_imagenet.csv",
 )
 SCORED = ("digits", "cifar10")
-MEASURED = ("accuracy", "ce_5", "ce_10", "ce_20", "diversity", "seconds")  # figures.NUMBERS
+CONVERGENCE = ("digits", "cifar10", "tiny_imagenet")  # those that vary the input of Z
+# What is measured of a run: figures.NUMBERS, and how often S predicts T's class on the test images.
+MEASURED = ("accuracy", "as_teacher", "ce_5", "ce_10", "ce_20", "ce_30", "diversity", "seconds")
 
 
 # ---- Patches: variants that no flag of nayer.py makes --------------------------------------------
@@ -111,12 +126,12 @@ def embeddings(change, seed, clip):
     embeddings_of = nayer.embeddings_of
 
     def changed(class_names, args):
-        return change(embeddings_of(class_names, args), seed, clip)
+        return change(embeddings_of(class_names, args), class_names, seed, clip)
 
     return patch.object(nayer, "embeddings_of", changed)
 
 
-def shuffled(rows, seed, clip):
+def shuffled(rows, class_names, seed, clip):
     """The same vectors, each that of another class: the geometry without the meaning."""
     generator = torch.Generator().manual_seed(seed)
     order = in_order = torch.arange(len(rows))
@@ -125,16 +140,19 @@ def shuffled(rows, seed, clip):
     return rows[order]
 
 
-def random(rows, seed, clip):
+def random(rows, class_names, seed, clip):
     """Gaussian vectors with the mean and the covariance of the rows: not even their geometry."""
     generator = torch.Generator().manual_seed(seed)
     mix = torch.randn(len(rows), len(rows), generator=generator) / (len(rows) - 1) ** 0.5
     return rows.mean(0) + mix @ (rows - rows.mean(0))
 
 
-def of_clip(rows, seed, clip):
-    tensors, _ = nayer.read_safetensors(clip)
-    return next(iter(tensors.values())).float()
+def of_clip(rows, class_names, seed, clip):
+    """CLIP's vectors. The file has names of its own, in an order of its own."""
+    tensors, about = nayer.read_safetensors(clip)
+    (vectors,) = tensors.values()
+    first_synonyms = [text.split(",")[0] for text in about["class_names"].splitlines()]
+    return vectors[[first_synonyms.index(name) for name in class_names]].float()
 
 
 class Half(nn.Module):
@@ -222,7 +240,11 @@ PATCHES = dict(
 )
 
 
+FLOAT32 = torch.autocast("cpu", enabled=False)
+
+
 # ---- The runs ------------------------------------------------------------------------------------
+@cache
 def bring(action):
     """(teacher, its description, augment) of the runs of an action."""
     teacher, info = nayer.load_teacher(nayer.parse_args(PLAN[action].budget.split()))
@@ -230,21 +252,32 @@ def bring(action):
 
 
 @cache
-def test_images(data):
-    """All of CIFAR-10's, decoded once for all runs, which have none themselves."""
-    _, info, augment = bring("cifar10")
+def test_images(action, data):
+    """(batches, what T predicts for each), read once for all runs, which have no images."""
+    teacher, info, augment = bring(action)
     args = nayer.parse_args(["--dataset", "folder", "--data-root", str(data)])
-    return nayer.test_batches(args, info), augment
+    batches = nayer.test_batches(args, info)
+    return batches, [nayer.predict(teacher, images, augment, FLOAT32) for images, _ in batches]
 
 
-def measure(run, data):
+def student_of(run, action):
+    args = nayer.parse_args(PLAN[action].budget.split())
+    _, info, _ = bring(action)
+    classes = len(info["class_names"])
+    network = nayer.load_student(args.student, classes, info["channels"], info["image_size"])
+    return nayer.load_model(run / "student.safetensors", network)
+
+
+def measure(action, run, data):
     """A row of the table. What was not measured is left out."""
-    found = figures.measured(run)
+    found = figures.measured(run) | dict(as_teacher=nan)
     if isnan(found["accuracy"]):
-        batches, augment = test_images(data)
-        student = nayer.load_model(run / "student.safetensors")
-        amp = torch.autocast("cpu", enabled=False)
-        found["accuracy"] = 100 * nayer.accuracy(student, batches, augment, amp)
+        batches, of_teacher = test_images(action, data)
+        student = student_of(run, action)
+        _, _, augment = bring(action)
+        found["accuracy"] = 100 * nayer.accuracy(student, batches, augment, FLOAT32)
+        of_teacher = [(images, classes) for (images, _), classes in zip(batches, of_teacher)]
+        found["as_teacher"] = 100 * nayer.accuracy(student, of_teacher, augment, FLOAT32)
     return {key: found[key] for key in MEASURED if not isnan(found[key])}
 
 
@@ -260,7 +293,7 @@ def work(action, variant, seed, data, clip):
     changed = PATCHES[change](seed, clip) if change else contextlib.nullcontext()
     with open(run / "console.txt", "a") as console, contextlib.redirect_stdout(console), changed:
         nayer.main(command)
-    return dict(variant=variant, seed=seed) | measure(run, data)
+    return dict(variant=variant, seed=seed) | measure(action, run, data)
 
 
 def run_all(action, args):
@@ -271,7 +304,9 @@ def run_all(action, args):
         names = [name for name in plan.variants if args.clip or plan.variants[name] != "+clip"]
     rows = read(action)
     there = {(row["variant"], row["seed"]) for row in rows}
-    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(
+        args.processes, mp_context=multiprocessing.get_context("spawn")
+    ) as pool:
         jobs = []
         for seed in range(plan.seeds):  # all variants of a seed first
             for variant in names:
@@ -408,10 +443,12 @@ def scores():
     for action in SCORED:
         if (RUNS / action).exists():
             score(action)
-            draw_convergence(action)
 
 
 def draw():
+    for action in CONVERGENCE:
+        if (RUNS / action).exists():
+            draw_convergence(action)
     draw_scores()
     draw_differences("digits")
 
@@ -454,8 +491,12 @@ def report():
     for action, plan in PLAN.items():
         variants = complete(action)
         nayer.check("default" in variants, f"first run: python results/ablations.py {action}")
-        figures.print_accuracies(f"{action}, {plan.seeds} seeds", variants, "the default")
-        if action in SCORED:  # mixing leaves the generator as it is
+        title = f"{action}, {plan.seeds} seeds"
+        figures.print_accuracies(title, variants, "the default")
+        if action == "tiny_imagenet":
+            head = "predicts T's class, %"
+            figures.print_accuracies(title, variants, "the default", "as_teacher", head)
+        if action in CONVERGENCE:
             figures.print_convergence(variants, "the default")
     print()
     heads = ["digits: all", "within", "off by", "CIFAR-10: all", "within", "off by"]
@@ -470,6 +511,7 @@ def main():
     parser = figures.parser_of("ablations.py", __doc__)
     parser.add_argument("action", choices=[*PLAN, "scores", "draw", "report"])
     parser.add_argument("--only", nargs="+", metavar="VARIANT", help="(default: all)")
+    parser.add_argument("--processes", type=int, default=2, help="runs at a time, a core each")
     parser.add_argument("--data-root", type=Path, default=Path("data/cifar10_jpeg"))
     parser.add_argument("--clip", type=Path, help="file of CLIP's embeddings; else it is left out")
     args = parser.parse_args()

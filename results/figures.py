@@ -250,13 +250,14 @@ def plot(run):
 
 
 # ---- Numbers of one run --------------------------------------------------------------------------
-STEPS = (5, 10, 20)  # of a batch, counted from 1, whose L_CE is shown if a batch has so many
+STEPS = (5, 10, 20, 30)  # of a batch, counted from 1, whose L_CE is shown if a batch has so many
 NUMBERS = dict(  # head of the column, format, meaning
     accuracy=("accuracy, %", ".2f", "of S on the real test images, after the last epoch"),
     agree=("agree, %", ".2f", "how often S predicts T's class on held-out synthetic images"),
     ce_5=("L_CE at step 5", ".3g", "of a batch; mean over the batches, without the first one"),
     ce_10=("at step 10", ".3g", "the same"),
     ce_20=("at step 20", ".3g", "the same"),
+    ce_30=("at step 30", ".3g", "the same"),
     diversity=("diversity", ".3g", "distance of two images of a class, at T's last layer"),
     best_is_last=("best is last", ".0f", "number of batches whose last step has the lowest loss"),
     batches=("batches", ".0f", "number of all batches, without the held-out ones"),
@@ -396,13 +397,13 @@ def verdict(low, high):
     return f"no difference seen, smaller than {max(-low, high):.1f}"
 
 
-def print_accuracies(title, groups, first):
+def print_accuracies(title, groups, first, key="accuracy", head="accuracy, %"):
     print()
-    print_row(title, "accuracy, %", f"difference to {first}", "verdict")
+    print_row(title, head, f"difference to {first}", "verdict")
     print("|---" * 4 + "|")
-    reference = column(next(iter(groups.values())), "accuracy")
+    reference = column(next(iter(groups.values())), key)
     for number, (word, rows) in enumerate(groups.items()):
-        values = column(rows, "accuracy")
+        values = column(rows, key)
         low, high, words = difference(values, reference, "+.1f")
         cells = [words, verdict(low, high)] if number else ["", ""]
         print_row(word, mean_and_deviation(values), *cells)

@@ -1,10 +1,12 @@
-"""Speed: python results/speed.py compare | tricks, from the project's root.
+"""Speed: python results/speed.py compare | tricks | matrices, from the project's root.
 
     compare  nayer.py with and without bf16, with R = 4, and a plain loop in the way of the authors,
              in turns, on one device: a GPU if there is one (results/speed_zen5.txt)
     tricks   nayer.py in float32 with each of two tricks left out (results/speed_tricks.txt)
+    matrices Z alone with 200 classes: a matrix for each set of classes, or for each image
+             (results/speed_matrices.txt)
 
-CIFAR-10 shapes: wrn40_2 to wrn16_2, 400 images a generator step, 512 a student step. The plain loop
+compare and tricks: CIFAR-10 shapes: wrn40_2 to wrn16_2, 400 images a generator step, 512 a student step. The plain loop
 is written for this comparison: float32, PyTorch's usual memory layout, a list of linear layers for
 Z, L_BN from composed operations, a teacher that is not frozen, the memory as PNG files behind a
 DataLoader of four processes, a line printed at every step.
@@ -195,6 +197,36 @@ def upsample_then_convolve(self, maps):
     return F.conv2d(maps, self.weight, padding=1)
 
 
+# ---- Z alone -------------------------------------------------------------------------------------
+def time_noisy_layer(batch, images_per_matrix, steps=3):
+    """Seconds of a forward and a backward pass and a step of Adam, after one that is not timed."""
+    noisy_layer = nayer.NoisyLayer(384, batch // images_per_matrix, images_per_matrix).to(DEVICE)
+    optimizer = torch.optim.Adam(noisy_layer.parameters(), 4e-3, (0.5, 0.999), fused=True)
+    inputs = torch.randn(batch, 384, device=DEVICE)
+    for step in range(steps + 1):
+        if step == 1:
+            start = time.perf_counter()
+        loss = noisy_layer(inputs).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        loss.item()  # waits for the device
+    return (time.perf_counter() - start) / steps
+
+
+def matrices():
+    """Weights, gradients and Adam's two averages are four tensors of the same size."""
+    print("| images | images of a matrix | matrices | memory, MB | a step, s |")
+    print("|---|---|---|---|---|")
+    for batch in (200, 400):
+        for images_per_matrix in (200, 1):
+            count = batch // images_per_matrix
+            megabytes = 4 * 4 * count * 384 * nayer.HIDDEN_SIZE / 1e6
+            seconds = [time_noisy_layer(batch, images_per_matrix) for _ in range(ROUNDS)]
+            cells = [batch, images_per_matrix, count, f"{megabytes:,.0f}"]
+            print(f"| {' | '.join(map(str, cells))} | {median_and_range(seconds, 4)} |")
+
+
 # ---- In turns ------------------------------------------------------------------------------------
 def time_kind(kind):
     if kind == "plain":
@@ -224,8 +256,12 @@ def median_and_range(values, digits):
 def main():
     parser = argparse.ArgumentParser("speed.py", usage=argparse.SUPPRESS, description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("action", choices=KINDS)
-    kinds = KINDS[parser.parse_args().action]
+    parser.add_argument("action", choices=[*KINDS, "matrices"])
+    action = parser.parse_args().action
+    if action == "matrices":
+        matrices()
+        return
+    kinds = KINDS[action]
     found = {kind: [] for kind in kinds}
     for _ in range(ROUNDS):  # in turns, so that all run on the same machine
         for kind, pairs in found.items():
