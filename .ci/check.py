@@ -237,6 +237,23 @@ def cifar10():
         yield from missing("results/answers.md", f"`{name}/` {text}")
 
 
+def tiny_imagenet():
+    """The run with 200 classes, and what limits it."""
+    rows = rows_of("tiny_imagenet/log.csv")
+    last = rows[-1]
+    of_s = f"{100 * float(last['accuracy']):.2f} %"
+    minutes = f"{float(last['seconds']) / 60:.0f} min"
+    yield from missing("README.md", f"**{of_s}**", minutes)
+    agree = f"`agree` is {100 * float(last['agree']):.1f} %"
+    yield from missing("results/README.md", f"**{of_s} of 8,000", minutes, agree)
+    for name in ("limits", "tries"):
+        for row in rows_of(f"tiny_imagenet/{name}.csv"):
+            yield from missing("results/README.md", f"| {' | '.join(row.values())} |")
+    for line in read("results/speed_matrices.txt").splitlines():
+        if line.startswith("|"):
+            yield from missing("results/README.md", line)
+
+
 def printed(function):
     """The rows of tables that a program prints, as a list of lines with single spaces."""
     with contextlib.redirect_stdout(io.StringIO()) as console:
@@ -402,7 +419,18 @@ def counted_times():
 
 
 CHECKS = [shape_of_nayer, functions, files, dependencies, checksums, class_names, paper_map]
-CHECKS += [lines_to_copy, digits, cifar10, tables, answers, small_runs, agree, speed, counted_times]
+CHECKS += [
+    lines_to_copy,
+    digits,
+    cifar10,
+    tiny_imagenet,
+    tables,
+    answers,
+    small_runs,
+    agree,
+    speed,
+    counted_times,
+]
 
 if __name__ == "__main__":
     found = []

@@ -10,7 +10,7 @@
                    scores.png and ablations_digits.png from the files
     report         the tables in Markdown from the files: differences to the default, paired by seed
 
-The rows of an action are in results/ablations_ACTION.csv, those of digits in ablations_20_seeds.csv.
+The rows are in results/ablations_ACTION.csv, those of digits in ablations_20_seeds.csv.
 
 Each run is nayer.py's own `main`, in runs/ablations/<action>/<variant>/<seed>/, without held-out
 images for `agree`, which would take as long as the run. A run that is there already is not

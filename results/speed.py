@@ -6,10 +6,10 @@
     matrices Z alone with 200 classes: a matrix for each set of classes, or for each image
              (results/speed_matrices.txt)
 
-compare and tricks: CIFAR-10 shapes: wrn40_2 to wrn16_2, 400 images a generator step, 512 a student step. The plain loop
-is written for this comparison: float32, PyTorch's usual memory layout, a list of linear layers for
-Z, L_BN from composed operations, a teacher that is not frozen, the memory as PNG files behind a
-DataLoader of four processes, a line printed at every step.
+compare and tricks have CIFAR-10 shapes: wrn40_2 to wrn16_2, 400 images a generator step, 512 a
+student step. The plain loop is written for this comparison: float32, PyTorch's usual memory layout,
+a list of linear layers for Z, L_BN from composed operations, a teacher that is not frozen, the
+memory as PNG files behind a DataLoader of four processes, a line printed at every step.
 """
 
 import argparse
