@@ -4,10 +4,8 @@
     cifar10        what Z takes as input, on JPEG CIFAR-10, five seeds
     mixing         --mix on JPEG CIFAR-10, ten seeds
     tiny_imagenet  what Z takes as input, on Tiny-ImageNet with its 200 classes, five seeds
-    scores         which number that needs no data ranks the students of the first two as their
-                   accuracy does: adds the candidates to the files of those whose runs are there
-    draw           the pictures: convergence_ACTION.png of the actions whose runs are there;
-                   scores.png and ablations_digits.png from the files
+    draw           the pictures: convergence_ACTION.png of the actions whose runs are there, and
+                   ablations_digits.png from its file
     report         the tables in Markdown from the files: differences to the default, paired by seed
 
 The rows are in results/ablations_ACTION.csv, those of digits in ablations_20_seeds.csv.
@@ -35,7 +33,6 @@ import torch
 import torch.nn as nn
 import train
 from matplotlib.figure import Figure
-from scipy import stats
 
 import nayer
 
@@ -336,90 +333,7 @@ def complete(action):
     return there
 
 
-# ---- Scores without data -------------------------------------------------------------------------
-SCORES = {  # another run: the same variant with the next seed
-    "agree_kept": "agreement on the last batch of another run's warm-up",
-    "agree_new": "agreement on another run's last epoch, made with L_adv",
-    "agree_fresh": "agreement on held-out images, as in `agree`",
-    "kd_kept": "L_KD on the last batch of another run's warm-up",
-    "kd_new": "L_KD on another run's last epoch",
-    "kd_fresh": "L_KD on held-out images",
-}
-
-
-def held_out_images(action):
-    """What a run with the default settings makes for its column `agree`."""
-    found = []
-    make = nayer.held_out_images
-
-    def kept(*parts):
-        found.extend(make(*parts))
-        return found
-
-    out = RUNS / f"{action}_fresh"
-    command = f"{PLAN[action].budget} --seed 1000 --warmup-epochs 0 --epochs 1 --batches 1"
-    command += f" --student-steps 1 --no-eval --resume --out {out}"
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "checkpoint.pt").unlink(missing_ok=True)  # of an earlier call
-    with patch.object(nayer, "held_out_images", kept):
-        nayer.main(command.split())
-    return torch.cat([images for images, _ in found])
-
-
-@torch.no_grad()
-def judge(student, teacher, views):
-    """(how often S predicts T's class, in %; L_KD)"""
-    of_t, of_s = teacher(views), student(views)
-    same = of_t.argmax(1) == of_s.argmax(1)
-    return 100 * same.float().mean().item(), nayer.distillation_loss(of_s, of_t, 20.0).item()
-
-
-def score(action):
-    """Add the candidates to the file of an action."""
-    plan = PLAN[action]
-    args = nayer.parse_args(plan.budget.split())
-    teacher, _, augment = bring(action)
-    fresh = held_out_images(action)
-    rows = read(action)
-    for row in rows:
-        # Images made as the run's own, and none that its student has learned from.
-        variant = RUNS / action / row["variant"]
-        other = variant / str((row["seed"] + 1) % plan.seeds)
-        kept = figures.made(other, args.warmup_epochs - 1)["images"][-args.synthesis_batch :]
-        new = figures.made(other, args.warmup_epochs + args.epochs - 1)["images"]
-        student = nayer.load_model(variant / str(row["seed"]) / "student.safetensors")
-        for key, images in dict(new=new, kept=kept, fresh=fresh).items():
-            views = augment.normalize(images.float() / 255)
-            row[f"agree_{key}"], row[f"kd_{key}"] = judge(student, teacher, views)
-    figures.write(FILES[action], rows)
-
-
-def ranks(rows, key):
-    """Spearman's rank correlation of a score with the accuracy; L_KD counts backwards."""
-    accuracies = figures.column(rows, "accuracy")
-    if len(set(accuracies)) == 1:
-        return nan  # no ranks to compare
-    correlation = stats.spearmanr(figures.column(rows, key), accuracies).statistic
-    return -correlation if key.startswith("kd") else correlation
-
-
-def draw_scores():
-    figure = Figure(figsize=(12, 8), layout="constrained")
-    for line, action in zip(figure.subplots(2, 3), SCORED):
-        students = read(action)
-        for axes, key in zip(line, SCORES):  # the first three
-            for number, (variant, rows) in enumerate(complete(action).items()):
-                marker = "." if number < 10 else "x"
-                accuracies = figures.column(rows, "accuracy")
-                axes.plot(figures.column(rows, key), accuracies, marker, label=variant)
-            axes.set_title(f"{action}: Spearman {ranks(students, key):.2f}")
-            axes.set_xlabel(SCORES[key].replace(" on ", ", %, on\n"))
-            axes.grid(alpha=0.3)
-        line[0].set_ylabel("true accuracy, %")
-        line[2].legend(fontsize=6)
-    figure.savefig(ROOT / "results/scores.png", dpi=80)
-
-
+# ---- Pictures ------------------------------------------------------------------------------------
 def draw_convergence(action):
     """The paper's measure: L_CE against the step of a batch, mean over seeds."""
     figure = Figure(figsize=(6, 4), layout="constrained")
@@ -439,34 +353,14 @@ def draw_convergence(action):
     figure.savefig(ROOT / f"results/convergence_{action}.png", dpi=90)
 
 
-def scores():
-    for action in SCORED:
-        if (RUNS / action).exists():
-            score(action)
-
-
 def draw():
     for action in CONVERGENCE:
         if (RUNS / action).exists():
             draw_convergence(action)
-    draw_scores()
     draw_differences("digits")
 
 
 # ---- Tables --------------------------------------------------------------------------------------
-def cells_of_score(action, key):
-    """(rank correlation of a score with the accuracy over all students, mean of that within a
-    variant; of an agreement, how many points it is off in the mean, without floor and ceiling)"""
-    students = read(action)
-    within = torch.tensor([ranks(rows, key) for rows in complete(action).values()])
-    cells = [f"{ranks(students, key):.2f}", f"{within.nanmean():.2f}", ""]
-    if key.startswith("agree"):
-        rows = [row for row in students if row["variant"] not in FLOOR_AND_CEILING]
-        pairs = zip(figures.column(rows, key), figures.column(rows, "accuracy"))
-        cells[2] = f"{statistics.fmean(abs(agree - accuracy) for agree, accuracy in pairs):.1f}"
-    return cells
-
-
 def draw_differences(action):
     """Each variant's difference to the default in points, with its interval, sorted; without floor
     and ceiling, which lie far off."""
@@ -498,18 +392,11 @@ def report():
             figures.print_accuracies(title, variants, "the default", "as_teacher", head)
         if action in CONVERGENCE:
             figures.print_convergence(variants, "the default")
-    print()
-    heads = ["digits: all", "within", "off by", "CIFAR-10: all", "within", "off by"]
-    figures.print_row("score", *heads)
-    print("|---" * (len(heads) + 1) + "|")
-    for key, words in SCORES.items():
-        cells = [cell for action in SCORED for cell in cells_of_score(action, key)]
-        figures.print_row(words, *cells)
 
 
 def main():
     parser = figures.parser_of("ablations.py", __doc__)
-    parser.add_argument("action", choices=[*PLAN, "scores", "draw", "report"])
+    parser.add_argument("action", choices=[*PLAN, "draw", "report"])
     parser.add_argument("--only", nargs="+", metavar="VARIANT", help="(default: all)")
     parser.add_argument("--processes", type=int, default=2, help="runs at a time, a core each")
     parser.add_argument("--data-root", type=Path, default=Path("data/cifar10_jpeg"))
@@ -524,7 +411,7 @@ def main():
             parser.error(f"{args.action} has no variant {sorted(unknown)}")
         run_all(args.action, args)
     else:
-        dict(scores=scores, draw=draw, report=report)[args.action]()
+        dict(draw=draw, report=report)[args.action]()
 
 
 if __name__ == "__main__":
