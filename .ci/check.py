@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "results"), str(ROOT / "teachers")]
 import ablations  # noqa: E402
 import figures  # noqa: E402
+import scores  # noqa: E402
 import train  # noqa: E402
 
 import nayer  # noqa: E402
@@ -262,13 +263,14 @@ def printed(function):
 
 
 def tables():
-    """Those of ablations.py and of `figures.py counts`; and README's claims."""
-    made = printed(ablations.report)
+    """Those of ablations.py, scores.py and of `figures.py counts`; and README's claims."""
+    made = printed(ablations.report) + printed(scores.report)
     lines = [" ".join(line.split()) for line in read("results/README.md").splitlines()]
-    heads = {line for line in made if "accuracy, %" in line or line.startswith("| score |")}
+    starts = ("| score |", "| odd seeds")
+    heads = {line for line in made if "accuracy, %" in line or line.startswith(starts)}
     yield from (f"results/README.md lacks the table {head}" for head in sorted(heads - set(lines)))
     titles = {f"| {variant} |" for plan in ablations.PLAN.values() for variant in plan.variants}
-    titles |= {f"| {score} |" for score in ablations.SCORES.values()}
+    titles |= {f"| {score} |" for score in [*scores.OLDER.values(), *scores.NUMBERS.values()]}
     for line in lines:  # a table there may have fewer rows
         if line.startswith(tuple(titles)) and line not in made:
             yield f"results/README.md: ablations.py does not print {line}"
