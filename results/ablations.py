@@ -208,7 +208,8 @@ def synthesize(make, seed, clip):
 def gaussian(generator, hidden, seed, number):
     """Pixels with the mean and the deviation of the training digits, cut to [0, 1]."""
     mean, std = train.IMAGES["digits"]["mean"][0], train.IMAGES["digits"]["std"][0]
-    pixels = torch.randn(len(hidden), *generator.image_shape) * std + mean
+    size = generator.image_size
+    pixels = torch.randn(len(hidden), 1, size, size) * std + mean
     return pixels.clamp(0, 1)
 
 
@@ -218,7 +219,7 @@ def untrained(generator, hidden, seed, number):
 
 def real(generator, hidden, seed, number):
     """The training digits, none of them twice."""
-    images, _ = train.stack(train.training_digits(generator.image_shape[-1]))
+    images, _ = train.stack(train.training_digits(generator.image_size))
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     return images[order].split(len(hidden))[number].float() / 255
 
