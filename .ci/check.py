@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "results"), str(ROOT / "teachers")]
 import ablations  # noqa: E402
 import figures  # noqa: E402
+import normalisation  # noqa: E402
 import scores  # noqa: E402
 import train  # noqa: E402
 
@@ -277,6 +278,9 @@ def tables():
     for line in printed(figures.counts):
         if line not in lines:
             yield f"results/README.md lacks {line}, which figures.py counts"
+    for line in printed(lambda: normalisation.report(figures.read(normalisation.FILE))):
+        if line not in lines:
+            yield f"results/README.md lacks {line}, which normalisation.py prints"
     claims = re.findall(r"`([^`]+)`:? ([+-][\d.]+ \[.*?\])", read("README.md"))
     for variant, words in claims:
         if not any(f"| {variant} |" in line and f"| {words} |" in line for line in made):

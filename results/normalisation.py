@@ -4,7 +4,8 @@ For the shipped teachers, for CIFAR-10's behind a swap of the channels and with 
 inside, and for each TEACHER (as for --teacher), whose .info must be right. Two kinds of images:
 
     photos  squares of two photographs, as in which_normalisation.py; seeds 0 and 1
-    made    by G, as for `agree`: the last of five batches of 100 images, ten steps each; seed 0
+    made    by G, as for `agree`: the last of five batches of 100 images, ten steps each; seed 0; of
+            the swapped orders only the right candidate's
 
 A row for each network, kind, seed and candidate goes to results/normalisation.csv; what is there is
 not measured again. Then the tables are printed.
@@ -26,6 +27,7 @@ SCORES = ("loss_bn", "loss_ce", "saturated")
 DIGITS = "teachers/digits_wrn10_2.safetensors"
 CIFAR10 = "teachers/cifar10_wrn40_2.safetensors"
 HERE = str(Path(__file__).resolve())
+DERIVED = (f"{HERE}:swapped", f"{HERE}:inside")  # of CIFAR10: G makes the same images for them
 AMP = torch.autocast("cpu", torch.bfloat16, enabled=nayer.pick_device("cpu")[1])
 
 
@@ -126,8 +128,10 @@ def measure(name, rows):
             for candidate in candidates_of(info):
                 row = common | dict(images="photos", seed=seed, candidate=candidate)
                 rows.append(row | dict(loss_bn=found[candidate], loss_ce="", saturated=""))
-    if (word, "made", 0) not in done:
+    if (word, "made", 0) not in done and name not in DERIVED:
         for candidate, values in candidates_of(info).items():
+            if candidate.endswith("BGR") and candidate[:-3] != common["right"][:-3]:
+                continue
             row = common | dict(images="made", seed=0, candidate=candidate)
             rows.append(row | on_made_images(name, values))
     figures.write(FILE, rows)
@@ -178,7 +182,7 @@ def report(rows):
 
 def main():
     rows = figures.read(FILE) if FILE.exists() else []
-    for name in [DIGITS, CIFAR10, f"{HERE}:swapped", f"{HERE}:inside", *sys.argv[1:]]:
+    for name in [DIGITS, CIFAR10, *DERIVED, *sys.argv[1:]]:
         measure(name, rows)
     report(rows)
 

@@ -55,7 +55,12 @@ FAMILIES = dict(
         "results/gpu",
         other="results/cpu_long",
     ),
-    tiny_imagenet=Family("--dataset tiny_imagenet --agree-batches 4", "results/tiny_imagenet"),
+    tiny_imagenet=Family(
+        "--dataset tiny_imagenet --teacher results/tiny_imagenet/squeezenet.py:load "
+        "--student results/tiny_imagenet/squeezenet.py:half --generator-steps 10 "
+        "--generator-life 1000 --generator-width 32 --alpha-ce 1 --alpha-bn 1",
+        "results/tiny_imagenet",
+    ),
 )
 NUMBERS = dict(  # in %
     agree="`agree`: S predicts T's class on held-out images",

@@ -1,12 +1,13 @@
 """What limits the 200-class student: python results/tiny_imagenet/limits.py RUN DATA IMAGES ...
 
-Trains new students with the same steps on different images, and scores each on DATA/test/:
+Trains new students with the same steps on different images, and scores them on DATA/test/:
 
     real       training images, those in DATA/tiny-imagenet-200/train/ (no label is used)
     synthetic  as many images of RUN's memory/, the newest
     all        all images of RUN's memory/
+    run        trains nothing: the student of RUN
 
-Prints the number of images, the accuracy, and how often S predicts T's class.
+Prints rows of limits.csv: the accuracy, and how often S predicts T's class.
 """
 
 import argparse
@@ -21,7 +22,7 @@ import train  # noqa: E402
 
 import nayer  # noqa: E402
 
-STEPS, EPOCHS, BATCH = 400, 6, 64
+STEPS, EPOCHS, BATCH = 400, 4, 64
 AMP = torch.autocast("cpu", torch.bfloat16)
 
 
@@ -35,6 +36,15 @@ def made_images(run):
     """uint8 (n, 3, 64, 64), the oldest first"""
     files = sorted((run / "memory").iterdir())
     return torch.cat([nayer.load_tensors(path, "cpu")["images"] for path in files])
+
+
+def images_of(kind, args):
+    if kind == "real":
+        return real_images(args.data)
+    images = made_images(args.run)
+    if kind == "synthetic":
+        return images[-len(real_images(args.data)) :]
+    return images
 
 
 def learn(images, teacher, augment):
@@ -59,7 +69,7 @@ def main():
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("run", type=Path)
     parser.add_argument("data", type=Path)
-    parser.add_argument("images", nargs="+", choices=["real", "synthetic", "all"])
+    parser.add_argument("images", nargs="+", choices=["real", "synthetic", "all", "run"])
     args = parser.parse_args()
     teacher = squeezenet.load().eval().requires_grad_(False)
     info = teacher.info | dict(channels=3)
@@ -67,15 +77,17 @@ def main():
     flags = ["--dataset", "folder", "--data-root", str(args.data)]
     batches = nayer.test_batches(nayer.parse_args(flags), info)
     of_teacher = [(images, nayer.predict(teacher, images, augment, AMP)) for images, _ in batches]
+    print("images,number,accuracy,T's class")
     for kind in args.images:
-        images = real_images(args.data) if kind == "real" else made_images(args.run)
-        if kind == "synthetic":
-            images = images[-len(real_images(args.data)) :]
-        student = learn(images, teacher, augment)
+        images = images_of(kind, args)
+        if kind == "run":
+            network = squeezenet.half(200)
+            student = nayer.load_model(args.run / "student.safetensors", network)
+        else:
+            student = learn(images, teacher, augment)
         accuracy = 100 * nayer.accuracy(student, batches, augment, AMP)
         as_teacher = 100 * nayer.accuracy(student, of_teacher, augment, AMP)
-        print(f"{kind}: {len(images)} images, {STEPS * EPOCHS} steps of {BATCH}: ", end="")
-        print(f"accuracy {accuracy:.2f} %, T's class {as_teacher:.2f} %", flush=True)
+        print(f"{kind},{len(images)},{accuracy:.2f},{as_teacher:.2f}", flush=True)
 
 
 if __name__ == "__main__":

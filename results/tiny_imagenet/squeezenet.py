@@ -87,6 +87,7 @@ def load():
     assert not lacking and not found.unexpected_keys
     model.info = dict(class_names=train.names_by_label("tiny_imagenet"), image_size=64)
     model.info |= dict(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
+    model.info["accuracy"] = 0.5255  # of the 8,000 images on which the student was scored
     return model.to(memory_format=torch.channels_last)  # faster on a CPU
 
 
