@@ -25,6 +25,7 @@ def rank(name, paths=()):
     images, size, found = [], info["image_size"], {}
     for k in range(200):
         photo = photos[k % len(photos)]
+        nayer.check(min(photo.shape[1:]) >= size, f"a photograph has less than {size} pixels")
         side = int(torch.randint(size, min(photo.shape[1:]) + 1, ()))
         top, left = (int(torch.randint(length - side + 1, ())) for length in photo.shape[1:])
         square = photo[None, :, top : top + side, left : left + side] / 255
