@@ -110,6 +110,7 @@ FILES = dict(  # of the rows
     mixing=ROOT / "results/ablations_mixing.csv",
     tiny_imagenet=ROOT / "results/ablations_tiny_imagenet.csv",
 )
+FLOAT32 = torch.autocast("cpu", enabled=False)
 SCORED = ("digits", "cifar10")
 CONVERGENCE = ("digits", "cifar10", "tiny_imagenet")  # those that vary the input of Z
 # What is measured of a run: figures.NUMBERS, and how often S predicts T's class on the test images.
@@ -238,9 +239,6 @@ PATCHES = dict(
 )
 
 
-FLOAT32 = torch.autocast("cpu", enabled=False)
-
-
 # ---- The runs ------------------------------------------------------------------------------------
 @cache
 def bring(action):
@@ -249,13 +247,18 @@ def bring(action):
     return teacher, info, nayer.Augment(info["mean"], info["std"], padding=0, flip=False)
 
 
+def labelled_by(teacher, batches, augment, amp):
+    """The batches (images, labels) with what T predicts as their labels."""
+    return [(images, nayer.predict(teacher, images, augment, amp)) for images, _ in batches]
+
+
 @cache
 def test_images(action, data):
-    """(batches, what T predicts for each), read once for all runs, which have no images."""
+    """(batches, the same labelled by T), read once for all runs, which have no images."""
     teacher, info, augment = bring(action)
     args = nayer.parse_args(["--dataset", "folder", "--data-root", str(data)])
     batches = nayer.test_batches(args, info)
-    return batches, [nayer.predict(teacher, images, augment, FLOAT32) for images, _ in batches]
+    return batches, labelled_by(teacher, batches, augment, FLOAT32)
 
 
 def student_of(run, action):
@@ -274,7 +277,6 @@ def measure(action, run, data):
         student = student_of(run, action)
         _, _, augment = bring(action)
         found["accuracy"] = 100 * nayer.accuracy(student, batches, augment, FLOAT32)
-        of_teacher = [(images, classes) for (images, _), classes in zip(batches, of_teacher)]
         found["as_teacher"] = 100 * nayer.accuracy(student, of_teacher, augment, FLOAT32)
     return {key: found[key] for key in MEASURED if not isnan(found[key])}
 
@@ -302,9 +304,8 @@ def run_all(action, args):
         names = [name for name in plan.variants if args.clip or plan.variants[name] != "+clip"]
     rows = read(action)
     there = {(row["variant"], row["seed"]) for row in rows}
-    with ProcessPoolExecutor(
-        args.processes, mp_context=multiprocessing.get_context("spawn")
-    ) as pool:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(args.processes, mp_context=context) as pool:
         jobs = []
         for seed in range(plan.seeds):  # all variants of a seed first
             for variant in names:

@@ -118,7 +118,7 @@ def right_one(name, info):
 def measure(name, rows):
     """Add the rows of a network that are not there."""
     _, info = nayer.load_teacher(nayer.parse_args(["--teacher", name]))
-    word = figures.Path(name).name
+    word = Path(name).name
     done = {(row["network"], row["images"], int(row["seed"])) for row in rows}
     common = dict(network=word, right=right_one(name, info))
     for seed in (0, 1):

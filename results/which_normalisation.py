@@ -30,10 +30,10 @@ def rank(name, paths=()):
         top, left = (int(torch.randint(length - side + 1, ())) for length in photo.shape[1:])
         square = photo[None, :, top : top + side, left : left + side] / 255
         images.append(F.interpolate(square, size=size, mode="bilinear", antialias=True))
+    squares = torch.cat(images).clamp(0, 1)
     bn_loss = nayer.BatchNormLoss(nayer.batch_norms(teacher), momentum=0.0)
     for candidate, (mean, std) in (KNOWN | {".info": (info["mean"], info["std"])}).items():
-        augment = nayer.Augment(mean, std, padding=0, flip=False)
-        views = augment.normalize(torch.cat(images).clamp(0, 1))
+        views = nayer.Augment(mean, std, padding=0, flip=False).normalize(squares)
         for order, ordered in (("RGB", views), ("BGR", views.flip(1))):
             teacher(ordered)
             found[f"{candidate}, {order}"] = bn_loss().item()

@@ -15,7 +15,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "teachers")]
+sys.path[:0] = [str(ROOT), str(ROOT / "results"), str(ROOT / "teachers")]
+import ablations  # noqa: E402
 import squeezenet  # noqa: E402
 import torch  # noqa: E402
 import train  # noqa: E402
@@ -76,7 +77,7 @@ def main():
     augment = nayer.Augment(info["mean"], info["std"], padding=4, flip=True)
     flags = ["--dataset", "folder", "--data-root", str(args.data)]
     batches = nayer.test_batches(nayer.parse_args(flags), info)
-    of_teacher = [(images, nayer.predict(teacher, images, augment, AMP)) for images, _ in batches]
+    of_teacher = ablations.labelled_by(teacher, batches, augment, AMP)
     print("images,number,accuracy,T's class")
     for kind in args.images:
         images = images_of(kind, args)
