@@ -3,7 +3,7 @@
     digits         every variant below on digits, 20 seeds, with a cut budget
     cifar10        what Z takes as input, on JPEG CIFAR-10, five seeds
     mixing         --mix on JPEG CIFAR-10, ten seeds
-    tiny_imagenet  what Z takes as input, on Tiny-ImageNet with its 200 classes, five seeds
+    tiny_imagenet  what Z takes as input, on Tiny-ImageNet with its 200 classes, ten seeds
     draw           the pictures: convergence_ACTION.png of the actions whose runs are there, and
                    ablations_digits.png from its file
     report         the tables in Markdown from the files: differences to the default, paired by seed
@@ -102,7 +102,7 @@ PLAN = dict(
     digits=Action(DIGITS, CUT, seeds=20),
     cifar10=Action(CIFAR10, SMALL, seeds=5),
     mixing=Action(MIXING, SMALL, seeds=10),
-    tiny_imagenet=Action(CIFAR10, TINY, seeds=5),
+    tiny_imagenet=Action(CIFAR10, TINY, seeds=10),
 )
 FILES = dict(  # of the rows
     digits=ROOT / "results/ablations_20_seeds.csv",
@@ -337,19 +337,20 @@ def complete(action):
 
 # ---- Pictures ------------------------------------------------------------------------------------
 def draw_convergence(action):
-    """The paper's measure: L_CE against the step of a batch, mean over seeds."""
+    """The paper's measure: L_CE against the step of a batch, mean over the seeds whose runs are
+    there."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     for variant in CIFAR10:  # what Z takes as input
         if variant not in complete(action):
             continue
         curves = []
-        for seed in range(PLAN[action].seeds):
-            losses = figures.losses_of(RUNS / action / variant / str(seed))
-            curves.append(figures.curve(losses))
+        for run in sorted((RUNS / action / variant).iterdir()):
+            curves.append(figures.curve(figures.losses_of(run)))
         mean = [statistics.fmean(values) for values in zip(*curves)]
         axes.plot(range(1, len(mean) + 1), mean, ".-", label=variant)
-    axes.set(xlabel="generator step within a batch", ylabel="L_CE", yscale="log", title=action)
+    axes.set(xlabel="generator step within a batch", ylabel="L_CE", yscale="log")
+    axes.set_title(f"{action}, {len(curves)} seeds")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7)
     figure.savefig(ROOT / f"results/convergence_{action}.png", dpi=90)

@@ -2,6 +2,7 @@
 
     plot RUN               RUN/curve.png: accuracy, agree and the losses against seconds
     parts OUT RUN ...      OUT: images of one class in the last epoch, a row per run
+    samples RUN OUT        OUT: images of the last batch, a column for each class, with its name
     diagram RUN OUT        OUT: the method on one picture, with the images of RUN's last batches
     minutes OUT W=RUN ...  OUT: accuracy against minutes of several runs, each with a word W
     numbers RUN ...        a table: what the exercises speak of, and what is meant by it
@@ -115,16 +116,34 @@ def parts(out, *runs):
     for epoch in last:
         cells += list(epoch["images"][epoch["labels"] == chosen][:8])
     columns = min(8, len(cells) // len(runs))
-    grid = make_grid(torch.stack(cells), columns, padding=1, pad_value=255)
-    side = cells[0].shape[-1] + 1  # of a cell, with a line between two
-    axes = Figure(figsize=(0.7 * columns + 1.5, 0.7 * len(runs) + 0.5)).subplots()
-    axes.imshow(grid.permute(1, 2, 0).numpy(), interpolation="nearest")
+    axes, side = draw_grid(cells, columns)
     names = [run.parent.name for run in runs]  # of the variants
     axes.set_yticks([side * (k + 0.5) for k in range(len(runs))], names)
     axes.set_xticks([])
+    axes.figure.savefig(out, dpi=100, bbox_inches="tight")
+
+
+def samples(run, out):
+    """Eight images of each class, of the last batch, a column for each class."""
+    run = Path(run)
+    names = info_of(run)["class_names"]
+    last = made(run, log_of(run)[-1]["epoch"])["images"][-settings_of(run)["synthesis_batch"] :]
+    axes, side = draw_grid(list(last[: 8 * len(names)]), len(names))
+    axes.set_xticks([side * (k + 0.5) for k in range(len(names))], names)
+    axes.xaxis.tick_top()
+    axes.set_yticks([])
+    axes.figure.savefig(out, dpi=100, bbox_inches="tight")
+
+
+def draw_grid(cells, columns):
+    """(axes with the images of a list, row after row; pixels from one to the next)"""
+    grid = make_grid(torch.stack(cells), columns, padding=1, pad_value=255)
+    rows = len(cells) // columns
+    axes = Figure(figsize=(0.7 * columns + 1.5, 0.7 * rows + 0.5)).subplots()
+    axes.imshow(grid.permute(1, 2, 0).numpy(), interpolation="nearest")
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    axes.figure.savefig(out, dpi=100, bbox_inches="tight")
+    return axes, cells[0].shape[-1] + 1  # with a line between two
 
 
 # ---- The method on one picture -------------------------------------------------------------------
@@ -411,15 +430,16 @@ def print_accuracies(title, groups, first, key="accuracy", head="accuracy, %"):
 
 def print_convergence(groups, first):
     reference = next(iter(groups.values()))
+    known = not isnan(column(reference, "diversity")[0])
     steps = [step for step in STEPS if not isnan(column(reference, f"ce_{step}")[0])]
-    heads = []
+    heads = ["diversity"] if known else []
     for step in steps:
         heads += [f"L_CE at step {step}", f"minus {first}"]
     print()
-    print_row("variant", "diversity", *heads)
-    print("|---" * (len(heads) + 2) + "|")
+    print_row("variant", *heads)
+    print("|---" * (len(heads) + 1) + "|")
     for word, rows in groups.items():
-        cells = [mean_and_deviation(column(rows, "diversity"), ".3g", ".2g")]
+        cells = [mean_and_deviation(column(rows, "diversity"), ".3g", ".2g")] if known else []
         for step in steps:
             values = column(rows, f"ce_{step}")
             cells.append(mean_and_deviation(values, ".3g", ".2g"))
@@ -526,6 +546,7 @@ def main():
 
     add(plot, "RUN")
     add(parts, "OUT", "RUN...")
+    add(samples, "RUN", "OUT")
     add(diagram, "RUN", "OUT")
     add(minutes, "OUT", "W=RUN...")
     add(numbers, "RUN...")
