@@ -45,7 +45,7 @@ class Family(NamedTuple):
 JPEG = "--dataset folder --teacher teachers/cifar10_wrn40_2.safetensors --student wrn16_1"
 FAMILIES = dict(
     digits=Family(f"{ablations.CUT} --agree-batches 10", "runs/ablations/digits/*/*"),
-    cifar10=Family(ablations.SMALL, "runs/ablations/cifar10/*/*"),
+    cifar10=Family(ablations.SMALL, "runs/ablations/cifar10_again/*/*"),
     seeds=Family("--agree-batches 10", "runs/seed*"),
     cpu=Family(
         f"{JPEG} --preset cpu", "results/cpu_recipe results/cpu_recipe/seed1 results/cpu_long"
