@@ -1868,8 +1868,8 @@ def test_the_recipes_of_the_readme_describe_a_network(
     torch.save(nn.DataParallel(space["Network"]()).state_dict(), "net.pth")
     sizes = dict(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], num_labels=12)
     config = transformers.ResNetConfig(**sizes)
-    transformers.ResNetForImageClassification(config).save_pretrained("my_hugging_face_model")
-    transformers.ConvNextImageProcessor(size=dict(shortest_edge=40)).save_pretrained("my_hugging_face_model")
+    transformers.ResNetForImageClassification(config).save_pretrained("my_model")
+    transformers.ConvNextImageProcessor(size=dict(shortest_edge=40)).save_pretrained("my_model")
     weights = torchvision.models.resnet50().state_dict()  # in place of a download
     download = "torchvision.models._api.load_state_dict_from_url"
     monkeypatch.setattr(download, Mock(return_value=weights))

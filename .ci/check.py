@@ -200,25 +200,28 @@ def accuracy(place, flags):
 
 
 def digits():
-    accuracies, agree = [], []
-    for seed in range(5):
-        accuracies.append(accuracy(f"digits/summary_seed{seed}.json", f"--seed {seed}"))
-        agree.append(100 * json.loads(read(f"results/digits/summary_seed{seed}.json"))["agree"])
-    text = read("results/digits/seconds.txt")
-    seconds = [float(cell) for cell in re.search("bf16.*: (.*)", text)[1].split()]
-    means = [mean_and_std(accuracies, 2), mean_and_std(agree, 2), mean_and_std(seconds[:5], 1)]
-    for values, mean in zip((accuracies, agree, seconds[:5]), means):
-        cells = " | ".join(f"{value:.1f}" for value in values)
-        yield from missing("results/README.md", f"| {cells} | {mean} |")
-    fast, slow = min(seconds), max(seconds)
-    yield from missing("README.md", f"**{means[0]} %**", f"| {fast:.0f} to {slow:.0f} s |")
-    off = []
-    rows = rows_of("digits/seeds_5_to_9.csv")
-    pairs = [(row["accuracy"], row["agree"]) for row in rows]
-    for of_s, of_agree in [*zip(accuracies, agree), *pairs]:
-        off.append(abs(float(of_s) - float(of_agree)))
+    rows = {}  # {flags: those of all its seeds}
+    for row in rows_of("digits/seeds.csv"):
+        rows.setdefault(row["flags"], []).append(row)
+    usual = {key: [float(row[key]) for row in rows[""]] for key in ("accuracy", "agree", "seconds")}
+    means = {}
+    for key, digits in dict(accuracy=2, agree=2, seconds=1).items():
+        means[key] = mean_and_std(usual[key][:5], digits)
+        cells = " | ".join(f"{value:.1f}" for value in usual[key][:5])
+        yield from missing("results/README.md", f"| {cells} | {means[key]} |")
+    fast, slow = min(usual["seconds"]), max(usual["seconds"])
+    yield from missing("README.md", f"**{means['accuracy']} %**", f"| {fast:.0f} to {slow:.0f} s |")
+    off = [abs(one - other) for one, other in zip(usual["accuracy"], usual["agree"])]
     text = f"differs from the accuracy by {statistics.fmean(off):.1f} points in the mean, and by "
     yield from missing("results/README.md", text + f"{max(off):.1f} at most")
+    run = ROOT / "results/digits"
+    settings = nayer.settings_of(nayer.parse_args([]), figures.info_of(run))
+    if figures.settings_of(run) != settings:
+        yield f"{run} is of other settings than today's"
+    console = read("results/digits/console.txt").splitlines()
+    shown = re.findall(r"^ +\d+ +\d+ .*$", read("README.md"), re.M)
+    if len(shown) < 3 or not set(shown) < set(console):
+        yield "README.md shows other epochs than results/digits/console.txt"
 
 
 def cifar10():
