@@ -295,6 +295,13 @@ def tables():
     for variant, words in claims:
         if not any(f"| {variant} |" in line and f"| {words} |" in line for line in made):
             yield f"README.md: ablations.py does not print {words} for {variant}"
+    lower = re.findall(r"by ([\d.]+) \[([\d.]+), ([\d.]+)\]", read("README.md"))
+    onehot = [line for line in made if line.startswith("| label-input onehot |")]
+    for mean, low, high in lower:
+        if not any(f"| -{mean} [-{high}, -{low}] |" in line for line in onehot):
+            yield f"README.md: L_CE of no table is lower by {mean} with one-hot vectors"
+    if len(lower) < 4:
+        yield f"README.md has {len(lower)} intervals of L_CE"
     if len(claims) < 9:
         yield f"README.md has {len(claims)} claims with an interval"
 
