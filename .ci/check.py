@@ -214,10 +214,18 @@ def digits():
     off = [abs(one - other) for one, other in zip(usual["accuracy"], usual["agree"])]
     text = f"differs from the accuracy by {statistics.fmean(off):.1f} points in the mean, and by "
     yield from missing("results/README.md", text + f"{max(off):.1f} at most")
-    run = ROOT / "results/digits"
-    settings = nayer.settings_of(nayer.parse_args([]), figures.info_of(run))
-    if figures.settings_of(run) != settings:
-        yield f"{run} is of other settings than today's"
+    others = ", ".join(f"{value:.4g}" for value in usual["accuracy"][5:9])
+    text = f"on seeds 5 to 9: {others} and {usual['accuracy'][9]:.4g} %."
+    exact = [float(row["seconds"]) for row in rows["--no-amp"]]
+    text += f" In float32 (`--no-amp`, seeds 0 to 2) the command takes {min(exact):.0f} to"
+    cells = [row["accuracy"] for row in rows["--no-amp"]]
+    text += f" {max(exact):.0f} s, and S has {cells[0]}, {cells[1]} and {cells[2]} %."
+    without = statistics.fmean(float(row["seconds"]) for row in rows["--agree-batches 0"])
+    text += f" Without the held-out images (`--agree-batches 0`) it takes {without:.0f} s."
+    yield from missing("results/README.md", text)
+    info = figures.info_of(ROOT / "results/digits")
+    if info["settings"] != nayer.settings_of(nayer.parse_args([]), info):
+        yield "results/digits is of other settings than today's"
     console = read("results/digits/console.txt").splitlines()
     shown = re.findall(r"^ +\d+ +\d+ .*$", read("README.md"), re.M)
     if len(shown) < 3 or not set(shown) < set(console):

@@ -115,7 +115,7 @@ FILES = dict(  # of the rows
 )
 FLOAT32 = torch.autocast("cpu", enabled=False)
 SCORED = ("digits", "cifar10")
-CONVERGENCE = ("digits", "cifar10", "cifar10_again", "tiny_imagenet")  # what varies the input of Z
+CONVERGENCE = ("digits", "cifar10", "tiny_imagenet")  # those that vary the input of Z
 # What is measured of a run: figures.NUMBERS, and how often S predicts T's class on the test images.
 MEASURED = ("accuracy", "as_teacher", "ce_5", "ce_10", "ce_20", "ce_30", "diversity", "seconds")
 
@@ -361,7 +361,7 @@ def draw_convergence(action):
 
 def draw():
     for action in CONVERGENCE:
-        if (RUNS / action).exists():
+        if (RUNS / action).exists() and complete(action):
             draw_convergence(action)
     draw_differences("digits")
 
